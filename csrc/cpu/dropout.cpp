@@ -1,0 +1,323 @@
+// Dropout on CPU in two stages over pieces that stay in the first-level cache: draw the piece's
+// mask as one bit an element, then apply it. The mask stage knows nothing of the storage type.
+//
+// Each stage exists once per instruction set, compiled by function attributes and chosen at run
+// time, so that one binary serves every x86-64 machine. All paths give the same bits.
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstring>
+#include <string>
+#include <type_traits>
+
+#include "../philox.h"
+#include "kernels.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define FASTTUNE_X86 1
+#include <immintrin.h>
+#define FASTTUNE_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define FASTTUNE_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#endif
+
+namespace fasttune::cpu {
+namespace {
+
+using c10::BFloat16;
+using c10::Half;
+
+constexpr int64_t kPiece = 4096;  // elements
+constexpr int64_t kOvershoot = 128;  // elements; no path draws more at a time
+constexpr int64_t kGrain = 8 * kPiece;  // elements a thread takes at least
+
+template <typename T>
+using Arithmetic = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// bits[i / 16] bit i % 16 is set where element first + i is kept; first is a multiple of kPiece,
+// and the last step of a path may write bits past n.
+using DrawFn = void (*)(uint64_t seed, uint64_t first, int64_t n, uint32_t threshold, uint16_t* bits);
+
+void draw_default(uint64_t seed, uint64_t first, int64_t n, uint32_t threshold, uint16_t* bits) {
+  for (int64_t group = 0; group * 16 < n; ++group) {
+    uint32_t word = 0;
+    for (int quad = 0; quad < 4; ++quad) {
+      const Philox4 u = philox_quad(seed, first / 4 + static_cast<uint64_t>(4 * group + quad));
+      for (int lane = 0; lane < 4; ++lane) {
+        word |= static_cast<uint32_t>(u.word[lane] >= threshold) << (4 * quad + lane);
+      }
+    }
+    bits[group] = static_cast<uint16_t>(word);
+  }
+}
+
+template <typename T, bool kAccumulate>
+void apply_range(const T* x, T* out, const uint16_t* bits, int64_t begin, int64_t end, double scale) {
+  using A = Arithmetic<T>;
+  const A factor = static_cast<A>(scale);
+  for (int64_t i = begin; i < end; ++i) {
+    const bool kept = (bits[i / 16] >> (i % 16)) & 1;
+    const A value = kept ? static_cast<A>(x[i]) * factor : A(0);
+    out[i] = kAccumulate ? static_cast<T>(static_cast<A>(out[i]) + value) : static_cast<T>(value);
+  }
+}
+
+template <typename T, bool kAccumulate>
+void apply_default(const T* x, T* out, const uint16_t* bits, int64_t n, double scale) {
+  apply_range<T, kAccumulate>(x, out, bits, 0, n, scale);
+}
+
+#ifdef FASTTUNE_X86
+
+// The state lives in the low halves of 64-bit lanes, one counter a lane: a 32 x 32 -> 64 multiply
+// reads just those, so the garbage that a product leaves in the high half needs no clearing.
+// Counters enter in the order that makes the two unpacks at the end yield elements in order.
+
+FASTTUNE_AVX512 inline __m512i xor3(__m512i a, __m512i b, __m512i c) {
+  return _mm512_ternarylogic_epi64(a, b, c, 0x96);
+}
+
+FASTTUNE_AVX512 void draw_avx512(uint64_t seed, uint64_t first, int64_t n, uint32_t threshold,
+                                 uint16_t* bits) {
+  constexpr int kVectors = 4;  // independent chains, to hide the multiplier's latency
+  constexpr int64_t kStep = 32 * kVectors;
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m512i m0 = _mm512_set1_epi64(kPhiloxM0), m1 = _mm512_set1_epi64(kPhiloxM1);
+  const __m512i limit = _mm512_set1_epi32(static_cast<int>(threshold));
+  for (int64_t i = 0; i < n; i += kStep) {
+    __m512i c0[kVectors], c1[kVectors], c2[kVectors], c3[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      const uint64_t quad = (first + static_cast<uint64_t>(i)) / 4 + 8 * v;
+      c0[v] = _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(quad)), order);
+      c1[v] = _mm512_srli_epi64(c0[v], 32);
+      c2[v] = c3[v] = _mm512_setzero_si512();
+    }
+    uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      const __m512i k0 = _mm512_set1_epi64(key0), k1 = _mm512_set1_epi64(key1);
+      for (int v = 0; v < kVectors; ++v) {
+        const __m512i product0 = _mm512_mul_epu32(c0[v], m0);
+        const __m512i product1 = _mm512_mul_epu32(c2[v], m1);
+        c0[v] = xor3(_mm512_srli_epi64(product1, 32), c1[v], k0);
+        c1[v] = product1;
+        c2[v] = xor3(_mm512_srli_epi64(product0, 32), c3[v], k1);
+        c3[v] = product0;
+      }
+      key0 += kPhiloxW0;
+      key1 += kPhiloxW1;
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      const __m512i low = _mm512_mask_shuffle_epi32(c0[v], 0xAAAA, c1[v], _MM_PERM_CCAA);
+      const __m512i high = _mm512_mask_shuffle_epi32(c2[v], 0xAAAA, c3[v], _MM_PERM_CCAA);
+      bits[i / 16 + 2 * v] = _mm512_cmpge_epu32_mask(_mm512_unpacklo_epi64(low, high), limit);
+      bits[i / 16 + 2 * v + 1] = _mm512_cmpge_epu32_mask(_mm512_unpackhi_epi64(low, high), limit);
+    }
+  }
+}
+
+FASTTUNE_AVX2 inline uint32_t at_least(__m256i words, __m256i limit) {
+  const __m256i result = _mm256_cmpeq_epi32(_mm256_max_epu32(words, limit), words);
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(result)));
+}
+
+FASTTUNE_AVX2 void draw_avx2(uint64_t seed, uint64_t first, int64_t n, uint32_t threshold,
+                             uint16_t* bits) {
+  constexpr int kVectors = 3;  // sixteen registers: more chains would spill
+  constexpr int64_t kStep = 16;
+  const __m256i order = _mm256_setr_epi64x(0, 2, 1, 3);
+  const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
+  const __m256i limit = _mm256_set1_epi32(static_cast<int>(threshold));
+  for (int64_t i = 0; i < n; i += kStep * kVectors) {
+    __m256i c0[kVectors], c1[kVectors], c2[kVectors], c3[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      const uint64_t quad = (first + static_cast<uint64_t>(i)) / 4 + 4 * v;
+      c0[v] = _mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(quad)), order);
+      c1[v] = _mm256_srli_epi64(c0[v], 32);
+      c2[v] = c3[v] = _mm256_setzero_si256();
+    }
+    uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      const __m256i k0 = _mm256_set1_epi64x(key0), k1 = _mm256_set1_epi64x(key1);
+      for (int v = 0; v < kVectors; ++v) {
+        const __m256i product0 = _mm256_mul_epu32(c0[v], m0);
+        const __m256i product1 = _mm256_mul_epu32(c2[v], m1);
+        c0[v] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product1, 32), c1[v]), k0);
+        c1[v] = product1;
+        c2[v] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product0, 32), c3[v]), k1);
+        c3[v] = product0;
+      }
+      key0 += kPhiloxW0;
+      key1 += kPhiloxW1;
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      const __m256i low = _mm256_blend_epi32(c0[v], _mm256_slli_epi64(c1[v], 32), 0xAA);
+      const __m256i high = _mm256_blend_epi32(c2[v], _mm256_slli_epi64(c3[v], 32), 0xAA);
+      const uint32_t even = at_least(_mm256_unpacklo_epi64(low, high), limit);
+      const uint32_t odd = at_least(_mm256_unpackhi_epi64(low, high), limit);
+      bits[i / 16 + v] = static_cast<uint16_t>(even | odd << 8);
+    }
+  }
+}
+
+FASTTUNE_AVX512 inline __m512 load16(const float* x) { return _mm512_loadu_ps(x); }
+FASTTUNE_AVX512 inline __m512 load16(const Half* x) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+}
+FASTTUNE_AVX512 inline __m512 load16(const BFloat16* x) {
+  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+}
+FASTTUNE_AVX512 inline void store16(float* out, __m512 v) { _mm512_storeu_ps(out, v); }
+FASTTUNE_AVX512 inline void store16(Half* out, __m512 v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+// By integers and not by vcvtneps2bf16, which flushes subnormal numbers to zero.
+FASTTUNE_AVX512 inline void store16(BFloat16* out, __m512 v) {
+  const __m512i raw = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(raw, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(raw, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+  rounded = _mm512_srli_epi32(rounded, 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(rounded));
+}
+
+template <typename T, bool kAccumulate>
+FASTTUNE_AVX512 void apply_avx512(const T* x, T* out, const uint16_t* bits, int64_t n, double scale) {
+  int64_t i = 0;
+  if constexpr (std::is_same_v<T, double>) {
+    const __m512d factor = _mm512_set1_pd(scale);
+    for (; i + 8 <= n; i += 8) {
+      const __mmask8 kept = static_cast<__mmask8>(bits[i / 16] >> (i % 16));
+      __m512d v = _mm512_maskz_mul_pd(kept, _mm512_loadu_pd(x + i), factor);
+      if constexpr (kAccumulate) v = _mm512_add_pd(_mm512_loadu_pd(out + i), v);
+      _mm512_storeu_pd(out + i, v);
+    }
+  } else {
+    const __m512 factor = _mm512_set1_ps(static_cast<float>(scale));
+    for (; i + 16 <= n; i += 16) {
+      __m512 v = _mm512_maskz_mul_ps(bits[i / 16], load16(x + i), factor);
+      if constexpr (kAccumulate) v = _mm512_add_ps(load16(out + i), v);
+      store16(out + i, v);
+    }
+  }
+  apply_range<T, kAccumulate>(x, out, bits, i, n, scale);
+}
+
+FASTTUNE_AVX2 inline __m256 load8(const float* x) { return _mm256_loadu_ps(x); }
+FASTTUNE_AVX2 inline __m256 load8(const Half* x) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+}
+FASTTUNE_AVX2 inline __m256 load8(const BFloat16* x) {
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+}
+FASTTUNE_AVX2 inline void store8(float* out, __m256 v) { _mm256_storeu_ps(out, v); }
+FASTTUNE_AVX2 inline void store8(Half* out, __m256 v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+FASTTUNE_AVX2 inline void store8(BFloat16* out, __m256 v) {
+  const __m256i raw = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(raw, 16), _mm256_set1_epi32(1));
+  __m256i rounded = _mm256_add_epi32(raw, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC00000), nan);
+  rounded = _mm256_srli_epi32(rounded, 16);
+  const __m256i packed = _mm256_packus_epi32(rounded, rounded);
+  const __m256i ordered = _mm256_permute4x64_epi64(packed, _MM_SHUFFLE(3, 1, 2, 0));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(ordered));
+}
+
+template <typename T, bool kAccumulate>
+FASTTUNE_AVX2 void apply_avx2(const T* x, T* out, const uint16_t* bits, int64_t n, double scale) {
+  int64_t i = 0;
+  if constexpr (!std::is_same_v<T, double>) {
+    const __m256 factor = _mm256_set1_ps(static_cast<float>(scale));
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    for (; i + 8 <= n; i += 8) {
+      const __m256i eight = _mm256_set1_epi32(bits[i / 16] >> (i % 16));
+      const __m256i kept = _mm256_cmpeq_epi32(_mm256_and_si256(eight, bit), bit);
+      __m256 v = _mm256_and_ps(_mm256_mul_ps(load8(x + i), factor), _mm256_castsi256_ps(kept));
+      if constexpr (kAccumulate) v = _mm256_add_ps(load8(out + i), v);
+      store8(out + i, v);
+    }
+  }
+  apply_range<T, kAccumulate>(x, out, bits, i, n, scale);
+}
+
+#endif  // FASTTUNE_X86
+
+enum class Isa { kDefault, kAvx2, kAvx512 };
+
+// torch's own choice, so that ATEN_CPU_CAPABILITY moves both.
+Isa detect() {
+#ifdef FASTTUNE_X86
+  const std::string name = at::get_cpu_capability();
+  if (name.rfind("AVX512", 0) == 0) return Isa::kAvx512;
+  if (name.rfind("AVX2", 0) == 0) return Isa::kAvx2;
+#endif
+  return Isa::kDefault;
+}
+
+Isa isa() {
+  static const Isa chosen = detect();
+  return chosen;
+}
+
+template <typename T, bool kAccumulate>
+void run(const DropoutParams& params) {
+  DrawFn draw = draw_default;
+  auto apply = apply_default<T, kAccumulate>;
+#ifdef FASTTUNE_X86
+  if (isa() == Isa::kAvx512) {
+    draw = draw_avx512;
+    apply = apply_avx512<T, kAccumulate>;
+  } else if (isa() == Isa::kAvx2) {
+    draw = draw_avx2;
+    apply = apply_avx2<T, kAccumulate>;
+  }
+#endif
+  const T* x = static_cast<const T*>(params.x);
+  T* out = static_cast<T*>(params.out);
+  const uint64_t threshold = dropout_threshold(params.p);
+  const bool none_kept = threshold > UINT32_MAX;
+  const double scale = none_kept ? 0.0 : 1.0 / (1.0 - params.p);
+  const int64_t pieces = (params.n + kPiece - 1) / kPiece;
+  at::parallel_for(0, pieces, kGrain / kPiece, [&](int64_t begin, int64_t end) {
+    uint16_t bits[(kPiece + kOvershoot) / 16] = {};
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t first = piece * kPiece;
+      const int64_t n = std::min(kPiece, params.n - first);
+      if (!none_kept) draw(params.seed, first, n, static_cast<uint32_t>(threshold), bits);
+      apply(x + first, out + first, bits, n, scale);
+    }
+  });
+}
+
+template <typename T>
+void run(const DropoutParams& params) {
+  params.accumulate ? run<T, true>(params) : run<T, false>(params);
+}
+
+}  // namespace
+
+void dropout(const DropoutParams& params) {
+  switch (params.dtype) {
+    case DType::kFloat64: return run<double>(params);
+    case DType::kFloat32: return run<float>(params);
+    case DType::kFloat16: return run<Half>(params);
+    case DType::kBFloat16: return run<BFloat16>(params);
+  }
+}
+
+const char* capability() {
+  switch (isa()) {
+    case Isa::kAvx512: return "avx512";
+    case Isa::kAvx2: return "avx2";
+    case Isa::kDefault: break;
+  }
+  return "default";
+}
+
+}  // namespace fasttune::cpu

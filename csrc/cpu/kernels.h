@@ -1,0 +1,28 @@
+// What bindings.cpp and the CPU kernels share: one plain struct and one launcher a kernel.
+#pragma once
+
+#include <cstdint>
+
+namespace fasttune::cpu {
+
+enum class DType { kFloat64, kFloat32, kFloat16, kBFloat16 };
+
+// out[i]  = kept(i) ? x[i] * scale : 0      (accumulate false; out may be x)
+// out[i] += kept(i) ? x[i] * scale : 0      (accumulate true)
+// scale = 1 / (1 - p) and the arithmetic are fp32 (fp64 for fp64), with one rounding at the end.
+struct DropoutParams {
+  const void* x;  // [n], contiguous
+  void* out;      // [n], contiguous, of x's type
+  int64_t n;      // elements
+  double p;       // in [0, 1]
+  uint64_t seed;
+  DType dtype;
+  bool accumulate;
+};
+
+void dropout(const DropoutParams& params);
+
+// The instruction set that the kernels use on this machine: "avx512", "avx2" or "default".
+const char* capability();
+
+}  // namespace fasttune::cpu

@@ -1,0 +1,144 @@
+"""Samples to batches: buckets of like cost, in an order that the seed and the position alone decide."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fasttune.data import Encoded
+from fasttune.task import Sample
+
+_POOL = 50  # batches that are sorted together: costs within a batch are alike, batches still differ by chance
+
+
+@dataclass
+class MicroBatch:
+    """What one forward pass sees.
+
+    tensors: [samples, ...], padded to the longest. samples: indices into the encoded samples.
+    cost: the sum of the samples' costs; padded_cost: with the padding.
+    """
+
+    tensors: dict[str, Tensor]
+    samples: list[int]
+    cost: int
+    padded_cost: int
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where the next batch stands: JSON-able, so that a resumed run goes on with the same batch."""
+
+    epoch: int = 0
+    batch: int = 0
+
+
+def plan_epoch(costs: Sequence[int], batch: int, seed: int, epoch: int) -> list[list[int]]:
+    """Every sample once, in batches of at most `batch`: shuffled, sorted by cost within pools of 50 batches, so
+    that little is padding, and the batches shuffled again. The longest sample of a batch stands first."""
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(len(costs))
+    cost = np.asarray(costs)
+    batches: list[list[int]] = []
+    for start in range(0, len(order), _POOL * batch):
+        pool = order[start : start + _POOL * batch]
+        pool = pool[np.argsort(-cost[pool], kind="stable")]
+        batches += [pool[i : i + batch].tolist() for i in range(0, len(pool), batch)]
+    return [batches[i] for i in random.permutation(len(batches))]
+
+
+def plan_in_order_of_cost(costs: Sequence[int], batch: int) -> list[list[int]]:
+    """For evaluation: the costliest first, so that what doesn't fit in memory fails at once."""
+    order = np.argsort(-np.asarray(costs), kind="stable")
+    return [order[i : i + batch].tolist() for i in range(0, len(order), batch)]
+
+
+def collate(samples: Sequence[Sample], padding: Mapping[str, float]) -> dict[str, Tensor]:
+    """Stacks samples, each tensor padded at its end, in every dimension, to the largest. int32 becomes int64."""
+    tensors = {}
+    for name in samples[0].tensors:
+        arrays = [np.asarray(sample.tensors[name]) for sample in samples]
+        shape = tuple(np.max([array.shape for array in arrays], axis=0)) if arrays[0].ndim else ()
+        dtype = np.dtype(np.int64) if arrays[0].dtype == np.int32 else arrays[0].dtype
+        stacked = np.full((len(arrays), *shape), padding.get(name, 0), dtype=dtype)
+        for row, array in zip(stacked, arrays, strict=True) if shape else ():
+            row[tuple(slice(size) for size in array.shape)] = array
+        tensors[name] = torch.from_numpy(stacked if shape else np.asarray(arrays, dtype=dtype))
+    return tensors
+
+
+class Loader:
+    """Micro-batches of encoded samples, along a plan; decoded in `workers` processes if there are any."""
+
+    def __init__(self, encoded: Encoded, padding: Mapping[str, float], workers: int = 0):
+        self.encoded, self.padding, self.workers = encoded, padding, workers
+
+    def load(self, samples: list[int]) -> MicroBatch:
+        costs = [self.encoded.costs[i] for i in samples]
+        tensors = collate([self.encoded[i] for i in samples], self.padding)
+        return MicroBatch(tensors, samples, sum(costs), max(costs) * len(costs))
+
+    def along(self, plan: Sequence[list[int]]) -> Iterator[MicroBatch]:
+        if self.workers == 0 or self.encoded.keep:
+            yield from map(self.load, plan)
+            return
+        # Forked, since a model and memory-mapped rows are shared that way instead of pickled.
+        yield from torch.utils.data.DataLoader(
+            _Plan(self, plan),
+            batch_size=None,
+            shuffle=False,
+            num_workers=self.workers,
+            multiprocessing_context="fork",
+        )
+
+
+class _Plan(torch.utils.data.Dataset):
+    """A plan as a dataset whose items are whole micro-batches."""
+
+    def __init__(self, loader: Loader, plan: Sequence[list[int]]):
+        self.loader, self.plan = loader, plan
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, index: int) -> MicroBatch:
+        return self.loader.load(self.plan[index])
+
+
+class Batches:
+    """The batches of a run, from any position on: the micro-batches of each optimizer step."""
+
+    def __init__(self, loader: Loader, batch: int, accumulation: int, seed: int):
+        self.loader, self.batch, self.accumulation, self.seed = loader, batch, accumulation, seed
+        self.per_epoch = math.ceil(len(loader.encoded) / batch)
+
+    def plan(self, epoch: int) -> list[list[int]]:
+        return plan_epoch(self.loader.encoded.costs, self.batch, self.seed, epoch)
+
+    def starting(self, position: Position) -> Iterator[tuple[list[MicroBatch], Position]]:
+        """Micro-batches of a step, and the position of the next step; endless, one epoch after another."""
+        epoch, start = position.epoch, position.batch
+        while True:
+            plan = self.plan(epoch)[start:]
+            pieces = [cut(batch, self.accumulation) for batch in plan]
+            loaded = self.loader.along([piece for batch in pieces for piece in batch])
+            for index, batch in enumerate(pieces, start=start + 1):
+                following = Position(epoch, index) if index < self.per_epoch else Position(epoch + 1, 0)
+                yield [next(loaded) for _ in batch], following
+            epoch, start = epoch + 1, 0
+
+
+def cut(batch: list[int], pieces: int) -> list[list[int]]:
+    """A batch in at most `pieces` micro-batches of nearly equal size."""
+    size = math.ceil(len(batch) / pieces)
+    return [batch[i : i + size] for i in range(0, len(batch), size)]
+
+
+def to_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}

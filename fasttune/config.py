@@ -1,0 +1,415 @@
+"""The run file: frozen models, unknown keys forbidden, alternatives as types.
+
+`load(path, overrides)` reads YAML and `--set section.key=value`; `resolve(config, ...)` writes every default out
+that depends on the strategy or the machine. Every error names the key, its line, and the nearest right key.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from fasttune.errors import ConfigError, nearest
+
+
+class Section(BaseModel):
+    """A part of the run file: immutable, and a key that it doesn't know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def _share_or_path(value: float | str) -> float | str:
+    if isinstance(value, float) and not 0 < value < 1:
+        raise ValueError(f"expected a path, or a share of train between 0 and 1, found {value:g}")
+    return value
+
+
+def _kind_or(default: str) -> BeforeValidator:
+    """`strategy: lora` is short for `strategy: {kind: lora}`; settings without a kind are the default's."""
+
+    def name_kind(value: Any) -> Any:
+        if isinstance(value, str):
+            return {"kind": value}
+        return {"kind": default, **value} if isinstance(value, Mapping) else value
+
+    return BeforeValidator(name_kind)
+
+
+class Full(Section):
+    """Trains every weight: the strongest and costliest; may forget what the model knew."""
+
+    kind: Literal["full"] = "full"
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Learning rate factor from each block to the one below it (layer-wise decay); 1 = the same everywhere."""
+    gradual_unfreezing: float = Field(0.0, ge=0, lt=1)
+    """Share of the run over which blocks are unfrozen one by one, the last one first (ULMFiT, arXiv 1801.06146);
+    0 = all from the start."""
+
+
+class Head(Section):
+    """Trains the new head on a frozen base: cheap and safe."""
+
+    kind: Literal["head"] = "head"
+    cache_gb: float = Field(2.0, ge=0)
+    """Memory, in GB, for features of the frozen base, computed once; 0 = compute them in every epoch."""
+
+
+class Lora(Section):
+    """Trains low-rank matrices beside frozen linear layers, and the new head (LoRA, arXiv 2106.09685)."""
+
+    kind: Literal["lora"] = "lora"
+    rank: int = Field(16, ge=1)
+    """Width of the low-rank matrices."""
+    alpha: float | None = Field(None, gt=0)
+    """Scale of the update: alpha / rank, or alpha / sqrt(rank) with rslora. Default: twice the rank."""
+    dropout: float = Field(0.05, ge=0, lt=1)
+    """Dropout on the input of the low-rank matrices."""
+    targets: tuple[str, ...] | None = None
+    """Layers to adapt, by full name or its last parts ("query", "attention.query"). Default: all that the task
+    names, as a rule every linear layer of the base."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank), which keeps high ranks stable (rsLoRA, arXiv 2312.03732)."""
+
+
+Strategy = Annotated[Annotated[Full | Head | Lora, Field(discriminator="kind")], _kind_or("lora")]
+
+
+class AdamW(Section):
+    """AdamW, torch's fused one (arXiv 1711.05101)."""
+
+    kind: Literal["adamw"] = "adamw"
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    """Not applied to biases and norms."""
+
+
+class SGD(Section):
+    """Stochastic gradient descent, torch's fused one."""
+
+    kind: Literal["sgd"] = "sgd"
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = False
+    weight_decay: float = Field(0.0, ge=0)
+    """Not applied to biases and norms."""
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> SGD:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
+
+
+Optimizer = Annotated[Annotated[AdamW | SGD, Field(discriminator="kind")], _kind_or("adamw")]
+
+
+class Schedule(Section):
+    """How the learning rate goes: up over the warm-up, then down to `final` times its peak."""
+
+    kind: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: float = Field(0.06, ge=0)
+    """Below 1: the share of all steps; from 1 on: steps."""
+    final: float = Field(0.0, ge=0, le=1)
+    """Share of the peak that is left at the last step (linear, cosine)."""
+
+
+class Data(Section):
+    train: str
+    """csv, tsv, json, jsonl, parquet or arrow file, a folder of images or audio, or a hub id (`id`, `id:split`,
+    `id:config:split`)."""
+    valid: Annotated[float | str, AfterValidator(_share_or_path)] = 0.1
+    """A path as for train, or the share held out of train."""
+    columns: dict[str, str] = {}
+    """Column of the data by role of the task, where names differ from the roles and their aliases."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What bad rows do: stop the run before its first step, or be left out and listed in data_report.jsonl."""
+    max_skip: float = Field(0.01, ge=0, le=1)
+    """With on_error skip: the share of rows that may be left out at most."""
+    workers: int = Field(0, ge=0)
+    """Processes that decode images and audio; 0 = decode in the main process. Text needs none."""
+    max_pixels: int = Field(178_956_970, ge=1)
+    """An image with more pixels is a bad row (decompression bombs)."""
+    max_audio_seconds: float = Field(3600.0, gt=0)
+    """A longer recording is a bad row."""
+
+
+class Train(Section):
+    epochs: float = Field(3.0, gt=0)
+    """Passes over train; fractions are allowed."""
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps; takes the place of epochs."""
+    batch: int = Field(32, ge=1)
+    """Rows an optimizer step, over all micro-batches."""
+    accumulation: int = Field(1, ge=1)
+    """Micro-batches that one batch is cut into, to save memory; the gradient is the same to rounding."""
+    lr: float | None = Field(None, gt=0)
+    """Peak learning rate. Default by strategy: full 5e-5, head 1e-3, lora 5e-4."""
+    head_lr: float | None = Field(None, gt=0)
+    """Peak learning rate of the head. Default: 10 x lr for full, else lr."""
+    optimizer: Optimizer = AdamW()
+    schedule: Annotated[Schedule, _kind_or("linear")] = Schedule()
+    clip: float = Field(1.0, ge=0)
+    """Largest norm of the gradient; 0 = no clipping."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Compute type; auto is bf16 where the machine has it natively. What is trained keeps fp32 master weights."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """How attention is computed; auto is what is fastest for device and precision, and the log says what."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each block and compute it again in the backward pass: less memory, more time."""
+    seed: int = Field(17, ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _batch_can_be_cut(self) -> Train:
+        if self.accumulation > self.batch:
+            raise ValueError(f"accumulation {self.accumulation} is more than the {self.batch} rows of a batch")
+        return self
+
+
+class Eval(Section):
+    every: int | None = Field(None, ge=1)
+    """Optimizer steps between two evaluations. Default: once an epoch."""
+    batch: int | None = Field(None, ge=1)
+    """Rows a batch. Default: twice the rows of a training micro-batch."""
+    patience: int | None = Field(None, ge=1)
+    """Stop after this many evaluations without a better primary metric. Default: never."""
+
+
+class Save(Section):
+    every: int | None = Field(None, ge=1)
+    """Optimizer steps between two checkpoints, beside those at each evaluation. Default: those alone."""
+    keep: int = Field(2, ge=1)
+    """Checkpoints kept; older ones are removed after a newer one is safe."""
+
+
+class RunConfig(Section):
+    """The whole run file."""
+
+    task: str
+    """The task's name, or distribution:name where two distributions claim one."""
+    model: str
+    """A hub id or a local directory."""
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """random: the architecture alone, trained from scratch."""
+    options: dict[str, Any] = {}
+    """The task's own settings; `fasttune tasks NAME` lists them."""
+    data: Data
+    strategy: Strategy = Lora()
+    train: Train = Train()
+    eval: Eval = Eval()
+    save: Save = Save()
+    output: str = ""
+    """The run folder. Default: runs/TASK-MODEL."""
+    provenance: dict[str, Any] = {}
+    """Written into the resolved file: package versions, the plugin, the data's fingerprint."""
+
+
+_DEFAULT_LR = {"full": 5e-5, "head": 1e-3, "lora": 5e-4}
+
+
+def resolve(config: RunConfig, *, precision: str) -> RunConfig:
+    """The config with every default written out. precision: what `auto` means on this machine."""
+    strategy, train = config.strategy, config.train
+    if isinstance(strategy, Lora) and strategy.alpha is None:
+        strategy = strategy.model_copy(update={"alpha": 2.0 * strategy.rank})
+    lr = train.lr or _DEFAULT_LR[strategy.kind]
+    head_lr = train.head_lr or (10 * lr if strategy.kind == "full" else lr)
+    if train.precision != "auto":
+        precision = train.precision
+    batch = config.eval.batch or 2 * -(-train.batch // train.accumulation)
+    name = re.sub(r"[^\w.-]+", "-", Path(config.model).name or config.model)
+    return config.model_copy(
+        update={
+            "strategy": strategy,
+            "train": train.model_copy(update={"lr": lr, "head_lr": head_lr, "precision": precision}),
+            "eval": config.eval.model_copy(update={"batch": batch}),
+            "output": config.output or f"runs/{config.task.rpartition(':')[2]}-{name}",
+        }
+    )
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 2e-4 is a number (YAML 1.1 wants 2.0e-4) and a key given twice is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _parse_yaml(text: str, where: str) -> tuple[Any, yaml.Node | None]:
+    """The value and its tree of nodes, which knows the lines."""
+    try:
+        return yaml.load(text, _Loader), yaml.compose(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{where}{line}: not valid YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {error}") from error
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a run file. overrides: "section.key=value" texts. Raises ConfigError."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(f"no run file {path}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text at byte {error.start}") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read: {error.strerror}") from error
+    values, node = _parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected keys such as task, model and data, found {type(values).__name__}")
+    return build(values, overrides, where=str(path), node=node)
+
+
+def build(
+    values: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "settings", node: Any = None
+) -> RunConfig:
+    """A RunConfig from nested mappings and "section.key=value" texts. Raises ConfigError."""
+    merged = _copy(values)
+    for override in overrides:
+        _apply(merged, override)
+    try:
+        return RunConfig.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, RunConfig, merged, where, node)) from error
+
+
+def validate_options(model: type[BaseModel], values: Mapping[str, Any], task: str) -> Any:
+    """The task's own settings. Raises ConfigError with the nearest key."""
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(_explain(error, model, values, f"options of {task}", None)) from error
+
+
+def _copy(values: Any) -> Any:
+    return {key: _copy(value) for key, value in values.items()} if isinstance(values, Mapping) else values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"--set {override!r}: expected section.key=value")
+    section = values
+    for part in parts[:-1]:
+        inner = section.setdefault(part, {})
+        if isinstance(inner, str):  # `strategy: lora` in the file and `--set strategy.rank=8`
+            inner = section[part] = {"kind": inner}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {override!r}: {part} is a single value and has no keys")
+        section = inner
+    section[parts[-1]] = _parse_yaml(text, f"--set {override!r}")[0] if text else ""
+
+
+def _explain(error: ValidationError, model: type[BaseModel], values: Any, where: str, node: Any) -> str:
+    lines = []
+    for problem in error.errors():
+        path = _key_path(problem["loc"], values)
+        line = _line_of(node, path)
+        at = f"{where}, line {line}" if line else where
+        key = ".".join(map(str, path))
+        lines.append(f"{at}: {key + ': ' if key else ''}{_reason(problem, model, values, path)}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _key_path(loc: Sequence[Any], values: Any) -> list[Any]:
+    """Pydantic's location without the names of union members, which are in no file."""
+    path: list[Any] = []
+    for index, part in enumerate(loc):
+        if isinstance(values, Mapping) and (part in values or index == len(loc) - 1):
+            values = values.get(part)
+        elif isinstance(values, (list, tuple)) and isinstance(part, int) and part < len(values):
+            values = values[part]
+        else:
+            continue
+        path.append(part)
+    return path
+
+
+def _line_of(node: Any, path: Sequence[Any]) -> int | None:
+    line = None
+    for part in path:
+        if isinstance(node, yaml.MappingNode):
+            found = next((pair for pair in node.value if pair[0].value == str(part)), None)
+        else:
+            found = None
+        if found is None:
+            return line
+        line, node = found[0].start_mark.line + 1, found[1]
+    return line
+
+
+def _reason(problem: Any, model: type[BaseModel], values: Any, path: Sequence[Any]) -> str:
+    found = problem.get("input")
+    match problem["type"]:
+        case "extra_forbidden":
+            known = _keys_at(model, values, path[:-1])
+            return f"unknown key.{nearest(str(path[-1]), known)} Known here: {', '.join(known)}"
+        case "missing":
+            return "is missing"
+        case "union_tag_invalid":
+            tag = problem["ctx"]["tag"]
+            allowed = [name.strip("'") for name in problem["ctx"]["expected_tags"].split(", ")]
+            return f"no kind {tag!r}.{nearest(tag, allowed)} Expected one of: {', '.join(allowed)}"
+        case "value_error":
+            return str(problem["ctx"]["error"])
+        case _:
+            message = problem["msg"][0].lower() + problem["msg"][1:]
+            return f"{message}, found {found!r}"
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) is None:
+        return []
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]
+
+
+def _keys_at(model: type[BaseModel], values: Any, path: Sequence[Any]) -> list[str]:
+    """The keys that are known at a place of the file; of alternatives, those of the `kind` that is chosen."""
+    models: list[type[BaseModel]] = [model]
+    for part in path:
+        values = values[part]
+        kind = values.get("kind") if isinstance(values, Mapping) else None
+        fields = [candidate.model_fields[part] for candidate in models if part in candidate.model_fields]
+        models = [
+            inner
+            for field in fields
+            for inner in _models_in(Union[field.annotation, None])  # noqa: UP007
+            if kind is None or "kind" not in inner.model_fields or inner.model_fields["kind"].default == kind
+        ]
+    return sorted({key for candidate in models for key in candidate.model_fields} - {"provenance"})
+
+
+def dump(config: RunConfig) -> str:
+    """The config as YAML that `load` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)

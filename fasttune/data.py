@@ -1,0 +1,181 @@
+"""Checked rows, splits and samples. All bad rows are found before the first step, and named at once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fasttune.errors import BadRow, BadRows, DataError, nearest
+from fasttune.rows import Rows, media_kind
+from fasttune.task import Bundle, Column, Sample, Task
+
+Progress = Callable[[int, int], None]  # (rows done, rows in all); may raise Stopped
+
+
+@dataclass
+class Checked:
+    """What one look at all rows gave, before any model is loaded.
+
+    good: int64, positions of usable rows. keys: a hash of each row's inputs. classes: rows a class.
+    """
+
+    good: np.ndarray
+    bad: list[BadRow]
+    keys: list[bytes]
+    labels: list[Any]
+    classes: Counter[str]
+    fingerprint: str
+
+
+def check(rows: Rows, known: set[str] | None = None, progress: Progress | None = None) -> Checked:
+    """Reads every row but its media. known: the classes that labels must be among (those of train)."""
+    good, bad, keys, labels = [], [], [], []
+    classes: Counter[str] = Counter()
+    digest = hashlib.blake2b(digest_size=16)
+    role = label_role(rows.columns)
+    for position, raw in enumerate(rows):
+        digest.update(repr([raw.get(name) for name in rows.mapping.values()]).encode())
+        keys.append(rows.key(raw))
+        labels.append(None)
+        try:
+            row = rows.read(position, raw=raw)
+            found = _classes_of(row.get(role)) if role else []
+            unknown = [name for name in found if known is not None and name not in known]
+            if unknown:
+                raise DataError(
+                    role,
+                    f"label {unknown[0]!r} is not among the {len(known or ())} of train."
+                    f"{nearest(unknown[0], known or ())}",
+                )
+        except DataError as error:
+            bad.append(rows.bad(position, error))
+            continue
+        classes.update(found)
+        labels[-1] = row.get(role) if role else None
+        good.append(position)
+        if progress and position % 256 == 0:
+            progress(position, len(rows))
+    return Checked(np.asarray(good, dtype=np.int64), bad, keys, labels, classes, digest.hexdigest())
+
+
+def label_role(columns: Sequence[Column]) -> str | None:
+    return next((column.role for column in columns if column.kind in ("label", "labels")), None)
+
+
+def _classes_of(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def sort_classes(names: Sequence[str]) -> list[str]:
+    """Class names in the order of their ids: whole numbers by value, else by name."""
+    if all(name.lstrip("-").isdecimal() for name in names):
+        return sorted(names, key=int)
+    return sorted(names)
+
+
+def hold_out(checked: Checked, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of train and of valid among the good rows: a share of each class, by the hash of the inputs.
+
+    The same rows are held out whatever the seed or the order of the file, and equal inputs stay on one side.
+    Raises DataError if nothing is left for one of the sides.
+    """
+    strata: dict[str, list[tuple[bytes, int]]] = {}
+    for position in checked.good.tolist():
+        label = checked.labels[position]
+        stratum = label if isinstance(label, str) else ""
+        strata.setdefault(stratum, []).append((checked.keys[position], position))
+    train: list[int] = []
+    valid: list[int] = []
+    for members in strata.values():
+        members.sort()
+        cut = min(round(share * len(members)), len(members) - 1)
+        while 0 < cut < len(members) and members[cut - 1][0] == members[cut][0]:
+            cut -= 1
+        valid += [position for _, position in members[:cut]]
+        train += [position for _, position in members[cut:]]
+    if not valid or not train:
+        raise DataError(
+            None, f"data.valid: a share of {share:g} of {len(checked.good)} rows leaves nothing to validate on"
+        )
+    return np.sort(train), np.sort(valid)
+
+
+class Encoded:
+    """Samples of rows. Text is encoded once and kept; images and audio are decoded anew for each use.
+
+    owner: int64 [samples], the position of each sample's row. costs: int64 [samples]. truncated: samples cut.
+    """
+
+    def __init__(self, rows: Rows, task: Task, bundle: Bundle, train: bool):
+        self.rows, self.task, self.bundle, self.train = rows, task, bundle, train
+        self.keep = media_kind(rows.columns) is None
+        self.bad: list[BadRow] = []
+        self.owner: list[int] = []
+        self.costs: list[int] = []
+        self.truncated = 0
+        self._part: list[int] = []
+        self._kept: list[Sample] = []
+
+    def fill(self, progress: Progress | None = None) -> Encoded:
+        """Encodes every row once, which finds every bad row."""
+        for position, raw in enumerate(self.rows):
+            try:
+                samples = self._encode(position, raw)
+            except DataError as error:
+                self.bad.append(self.rows.bad(position, error))
+                continue
+            for part, sample in enumerate(samples):
+                self.owner.append(position)
+                self._part.append(part)
+                self.costs.append(sample.cost)
+                self.truncated += sample.truncated > 0
+                if self.keep:
+                    self._kept.append(_compact(sample))
+            if progress and position % 64 == 0:
+                progress(position, len(self.rows))
+        return self
+
+    def __len__(self) -> int:
+        return len(self.owner)
+
+    def __getitem__(self, index: int) -> Sample:
+        if self.keep:
+            return self._kept[index]
+        position = self.owner[index]
+        return self._encode(position, self.rows.raw(position))[self._part[index]]
+
+    def reference(self, index: int) -> dict[str, Any]:
+        """The row of a sample, by role, media not opened: what a meter compares a prediction with."""
+        return self.rows.read(self.owner[index])
+
+    def _encode(self, position: int, raw: Mapping[str, Any]) -> list[Sample]:
+        row = self.rows.read(position, media=True, raw=raw)
+        samples = self.task.encode(row, self.bundle, self.train)
+        return samples if isinstance(samples, list) else [samples]
+
+
+def _compact(sample: Sample) -> Sample:
+    """Token ids need 4 bytes, not 8; collation widens them again."""
+    tensors = {
+        name: array.astype(np.int32)
+        if array.dtype == np.int64 and (array.size == 0 or abs(array).max() < 2**31)
+        else array
+        for name, array in sample.tensors.items()
+    }
+    return replace(sample, tensors=tensors)
+
+
+def settle(bad: Sequence[BadRow], total: int, on_error: str, max_skip: float) -> None:
+    """Stops at bad rows, or lets a few be left out. Raises BadRows with all of them."""
+    if not bad:
+        return
+    bad = sorted(bad, key=lambda row: (row.file, row.row))
+    if on_error == "stop":
+        raise BadRows(bad, "Mend them, or leave up to data.max_skip of them out with data.on_error=skip.")
+    if len(bad) > max_skip * total:
+        raise BadRows(bad, f"That is more than data.max_skip {max_skip:.1%} of {total} rows.")

@@ -1,0 +1,94 @@
+"""A finished run, opened again: predict and score with what `best/` holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fasttune import config as configs
+from fasttune.adapt import merge_lora, replace_dropout
+from fasttune.batching import Loader
+from fasttune.checkpoint import Disk
+from fasttune.config import Lora, RunConfig
+from fasttune.data import Encoded
+from fasttune.errors import ConfigError, ModelError
+from fasttune.evaluate import evaluate, predict
+from fasttune.export import load_adapter, model_card, save_model
+from fasttune.folder import RunFolder
+from fasttune.media import Limits
+from fasttune.prepare import build_bundle, open_task, prepare_rows, source_of
+from fasttune.readers import MixedRows, Table, read
+from fasttune.rows import media_kind
+from fasttune.task import Bundle, Source, Task
+
+
+class Model:
+    """A trained model with its task. It computes in the type that its files hold, as whoever else opens them."""
+
+    def __init__(self, task: Task, bundle: Bundle, config: RunConfig):
+        self.task, self.bundle, self.config = task, bundle, config
+        self.labels: list[str] = config.provenance["labels"]
+
+    def predict(self, rows: str | Path | Iterable[Mapping[str, Any]]) -> list[Any]:
+        """Predictions in the order of the rows. rows: a path or hub id, or mappings with the task's columns.
+
+        Raises BadRows with every row that can't be used.
+        """
+        encoded = self._encode(rows, labels=None)
+        loader = Loader(encoded, self.bundle.padding)
+        return [prediction for _, prediction in predict(self.task, self.bundle, loader, self._batch)]
+
+    def evaluate(self, rows: str | Path | Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+        """Metrics on labelled rows; takes what `predict` takes."""
+        return self.score(self._encode(rows, labels=self.labels))
+
+    def score(self, encoded: Encoded) -> dict[str, Any]:
+        """Metrics on rows that are encoded already."""
+        return evaluate(self.task, self.bundle, Loader(encoded, self.bundle.padding), self._batch)
+
+    def export(self, folder: str | Path, *, metrics: Mapping[str, Any] | None = None) -> None:
+        """Writes a plain transformers folder; LoRA is merged into the weights. Raises ConfigError if it exists."""
+        folder = Path(folder)
+        if folder.exists():
+            raise ConfigError(f"--to {folder}: exists already; name a new folder")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        merge_lora(self.bundle.model)
+        save_model(self.bundle, folder, model_card(self.config, metrics or {}, self.labels), Disk())
+
+    @property
+    def _batch(self) -> int:
+        return self.config.eval.batch or 2 * self.config.train.batch
+
+    def _encode(self, rows: str | Path | Iterable[Mapping[str, Any]], labels: list[str] | None) -> Encoded:
+        limits = Limits(self.config.data.max_pixels, self.config.data.max_audio_seconds)
+        named = dict(self.config.data.columns)
+        if isinstance(rows, (str, Path)):
+            table = read(str(rows), media_kind(self.task.columns), "test")
+        else:
+            table = Table("rows", MixedRows(dict(row) for row in rows))
+        # Rows made by hand name the roles, whatever the training data called its columns.
+        named = {role: name for role, name in named.items() if name in table.columns or role not in table.columns}
+        return prepare_rows(self.task, self.bundle, table, named, limits, labels)
+
+
+def load(run: str | Path, *, remote_code: str | None = None) -> Model:
+    """Opens the run in a folder that `finetune` left. Raises ConfigError or ModelError if there is none."""
+    folder = RunFolder(run)
+    if not folder.config.is_file():
+        raise ConfigError(f"{run}: holds no run (no {folder.config.name})")
+    if not folder.best.is_dir():
+        raise ModelError(f"{run}: the run has no best/ yet; finish it with --resume")
+    config = configs.load(folder.config)
+    _, task = open_task(config)
+    labels = list(config.provenance["labels"])
+    if isinstance(config.strategy, Lora):
+        bundle = build_bundle(task, source_of(config, remote_code), labels, config.train.seed)
+        load_adapter(bundle, folder.best, config.strategy)
+    else:
+        bundle = build_bundle(task, Source(folder.best), labels, config.train.seed)
+    replace_dropout(bundle.model)
+    bundle.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return Model(task, bundle, config)

@@ -1,0 +1,142 @@
+"""Images and audio: opened within limits, in one form, with a clear reason where they can't be."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fasttune.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au"})
+MEDIA_SUFFIXES = {"image": IMAGE_SUFFIXES, "audio": AUDIO_SUFFIXES}
+
+
+@dataclass(frozen=True)
+class Audio:
+    """samples: float32 [frames], mono, -1 to 1. rate: in Hz."""
+
+    samples: np.ndarray
+    rate: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one file may expand to. max_seconds: of audio."""
+
+    max_pixels: int = 178_956_970
+    max_seconds: float = 3600.0
+
+
+def locate(value: Any, column: str, root: Path | None) -> Path | io.BytesIO:
+    """The file that a media column names, or the bytes that it holds.
+
+    value: a path (relative to `root`), or {"path", "bytes"} as `datasets` stores media. Raises DataError if a
+    path leads out of `root` or to no file.
+    """
+    if isinstance(value, Mapping):
+        if value.get("bytes") is not None:
+            return io.BytesIO(value["bytes"])
+        value = value.get("path")
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise DataError(column, f"expected a path, found {value!r}")
+    path = Path(value) if root is None else root / value
+    if root is not None and not path.resolve().is_relative_to(root.resolve()):
+        raise DataError(column, f"the path {str(value)!r} leads out of {root}")
+    if not path.is_file():
+        raise DataError(column, f"no file {str(value)!r}" + (f" in {root}" if root else ""))
+    if path.stat().st_size == 0:
+        raise DataError(column, f"the file {str(value)!r} is empty")
+    return path
+
+
+def open_image(value: Any, column: str, root: Path | None, limits: Limits) -> Image.Image:
+    """A PIL image in RGB with its EXIF rotation applied; 16-bit values are scaled down to 8 bits.
+
+    Raises DataError for a file that is empty, truncated, no image, or larger than `limits.max_pixels`.
+    """
+    from PIL import Image, ImageOps
+
+    source = locate(value, column, root)
+    named = f"the file {source.name!r}" if isinstance(source, Path) else "the image"
+    try:
+        with warnings.catch_warnings():
+            # Pillow only warns up to twice its own limit; ours is checked before any pixel is decoded.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(source) as image:
+                width, height = image.size
+                if width * height > limits.max_pixels:
+                    raise DataError(
+                        column,
+                        f"{named} has {width} x {height} pixels, more than data.max_pixels {limits.max_pixels}",
+                    )
+                image.load()
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except Image.UnidentifiedImageError as error:
+        raise DataError(column, f"{named} is not an image that Pillow can read") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(column, f"{named} expands to too many pixels: {error}") from error
+    # Pillow's decoders raise these on truncated and corrupt files.
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError) as error:
+        raise DataError(column, f"{named} can't be decoded: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    from PIL import Image
+
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        # convert("RGB") would clip 16-bit values at 255 and turn nearly every pixel white.
+        top = 65535.0 if values.max(initial=0) > 255 else 255.0
+        image = Image.fromarray(np.clip(values * (255.0 / top), 0, 255).astype(np.uint8))
+    if image.mode == "P" or "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def open_audio(value: Any, column: str, root: Path | None, limits: Limits) -> Audio:
+    """Samples mixed down to mono, at the file's own rate.
+
+    Raises DataError for a file that is empty, truncated, no audio, or longer than `limits.max_seconds`.
+    """
+    import soundfile
+
+    if isinstance(value, Mapping) and value.get("array") is not None:
+        samples = np.asarray(value["array"], dtype=np.float32)
+        return _checked(samples, int(value["sampling_rate"]), column, "the audio")
+    source = locate(value, column, root)
+    named = f"the file {source.name!r}" if isinstance(source, Path) else "the audio"
+    try:
+        with soundfile.SoundFile(source) as file:
+            if file.frames > limits.max_seconds * file.samplerate:
+                seconds = file.frames / file.samplerate
+                raise DataError(
+                    column,
+                    f"{named} lasts {seconds:.0f} s, more than data.max_audio_seconds {limits.max_seconds:g}",
+                )
+            stated, rate = file.frames, file.samplerate
+            samples = file.read(dtype="float32", always_2d=True).mean(axis=1)
+    except soundfile.LibsndfileError as error:
+        raise DataError(column, f"{named} is not audio that libsndfile can read: {error.error_string}") from error
+    if len(samples) < stated:
+        raise DataError(
+            column, f"{named} is truncated: its header states {stated} frames, it holds {len(samples)}"
+        )
+    return _checked(samples, rate, column, named)
+
+
+def _checked(samples: np.ndarray, rate: int, column: str, named: str) -> Audio:
+    if samples.size == 0:
+        raise DataError(column, f"{named} holds no samples")
+    if not np.isfinite(samples).all():
+        raise DataError(column, f"{named} holds values that are not finite")
+    return Audio(samples, rate)

@@ -1,0 +1,194 @@
+"""Everything before the first step: task, rows, splits, model and samples, with every bad row found."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from fasttune import task as tasks
+from fasttune.config import RunConfig, validate_options
+from fasttune.data import Checked, Encoded, check, hold_out, label_role, settle, sort_classes
+from fasttune.errors import BadRow, DataError
+from fasttune.media import Limits
+from fasttune.progress import Progress
+from fasttune.readers import Table, read
+from fasttune.rows import Rows, media_kind, open_rows
+from fasttune.signals import Signals
+from fasttune.task import Bundle, Plugin, Source, Task
+
+UNITS = {"image": "pixels", "audio": "samples", None: "tokens"}
+
+
+@dataclass
+class Prepared:
+    """A run that is ready for its first step. skipped: bad rows that data.on_error let be left out."""
+
+    plugin: Plugin
+    task: Task
+    labels: list[str]
+    classes: Counter[str]
+    bundle: Bundle
+    train: Encoded
+    valid: Encoded
+    fingerprint: dict[str, str]
+    skipped: list[BadRow] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def open_task(config: RunConfig) -> tuple[Plugin, Task]:
+    """The task that the run names, with its options. Raises PluginError or ConfigError."""
+    plugin = tasks.find(config.task)
+    kind = tasks.load(plugin)
+    return plugin, kind(validate_options(kind.Options, config.options, config.task))
+
+
+def source_of(config: RunConfig, remote_code: str | None = None) -> Source:
+    """The model's source. remote_code: "repo@commit", whose code the user allows to run, if it is this model's."""
+    source = Source(config.model)
+    source.random_weights = config.weights == "random"
+    repo, _, commit = (remote_code or "").rpartition("@")
+    if repo == config.model:
+        source.remote_code_revision = commit
+    return source
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def build_bundle(task: Task, source: Source, labels: list[str], seed: int) -> Bundle:
+    """The model with its new head; equal seeds give equal heads."""
+    seed_everything(seed)
+    return task.build(source, labels)
+
+
+@dataclass
+class Tables:
+    """Rows of train and valid after the first look, before any model is loaded."""
+
+    train: Rows
+    valid: Rows
+    bad: list[BadRow]
+    total: int
+    classes: Counter[str]
+    fingerprint: dict[str, str]
+    notes: list[str]
+
+
+def open_tables(config: RunConfig, task: Task, progress: Progress, signals: Signals) -> Tables:
+    """Reads and checks train and valid, and holds valid out of train if it is a share."""
+
+    def look(rows: Rows, known: set[str] | None = None) -> Checked:
+        def report(done: int, total: int) -> None:
+            signals.poll("reading data")
+            progress.preparing(f"reading {rows.table.name}", done, total)
+
+        return check(rows, known, report)
+
+    limits = Limits(config.data.max_pixels, config.data.max_audio_seconds)
+    media = media_kind(task.columns)
+    valid_table = config.data.valid if isinstance(config.data.valid, str) else None
+    named = config.data.columns
+    rows = open_rows(read(config.data.train, media), task.columns, named, limits)
+    other = None
+    if valid_table is not None:
+        other = open_rows(read(valid_table, media, "validation"), task.columns, named, limits)
+    first = look(rows)
+    notes = ["columns: " + ", ".join(f"{role} <- {name}" for role, name in rows.mapping.items())]
+    if other is None:
+        train_at, valid_at = hold_out(first, float(config.data.valid))
+        classes = Counter(name for at in train_at.tolist() for name in _names(first.labels[at]))
+        notes.append(f"valid: {len(valid_at):,} of {len(rows):,} rows held out of train, by hash")
+        fingerprint = {"train": first.fingerprint}
+        return Tables(rows.take(train_at), rows.take(valid_at), first.bad, len(rows), classes, fingerprint, notes)
+    second = look(other, set(first.classes) if label_role(task.columns) else None)
+    known = set(first.keys)
+    shared = sum(key in known for key in second.keys)
+    if shared:
+        notes.append(
+            f"warning: {shared:,} rows of valid are in train too; metrics on valid will flatter the model"
+        )
+    return Tables(
+        rows.take(first.good),
+        other.take(second.good),
+        first.bad + second.bad,
+        len(rows) + len(other),
+        first.classes,
+        {"train": first.fingerprint, "valid": second.fingerprint},
+        notes,
+    )
+
+
+def _names(label: Any) -> list[str]:
+    return [label] if isinstance(label, str) else list(label or ())
+
+
+def prepare(config: RunConfig, progress: Progress, signals: Signals, remote_code: str | None = None) -> Prepared:
+    """Raises the error of whatever is wrong with task, data or model; bad rows all at once."""
+    plugin, task = open_task(config)
+    tables = open_tables(config, task, progress, signals)
+    classes = {name: tables.classes[name] for name in sort_classes(list(tables.classes))}
+    try:
+        task = type(task)(task.resolve(classes))
+    except DataError as error:
+        if tables.bad:  # the classes may be what they are because of the bad rows
+            settle(tables.bad, tables.total, "stop", 0.0)
+        raise DataError(None, f"{tables.train.table.name}: {error}") from error
+    signals.poll("reading data")
+    bundle = build_bundle(task, source_of(config, remote_code), list(classes), config.train.seed)
+    encoded = {}
+    for name, rows in (("train", tables.train), ("valid", tables.valid)):
+
+        def report(done: int, total: int, name: str = name) -> None:
+            signals.poll("encoding data")
+            progress.preparing(f"encoding {name}", done, total)
+
+        encoded[name] = Encoded(rows, task, bundle, train=name == "train").fill(report)
+    bad = [*tables.bad, *encoded["train"].bad, *encoded["valid"].bad]
+    settle(bad, tables.total, config.data.on_error, config.data.max_skip)
+    train, valid = encoded["train"], encoded["valid"]
+    for name, samples in encoded.items():
+        if not len(samples):
+            raise DataError(None, f"data.{name}: no usable row is left")
+    notes = [*tables.notes, *bundle.notes, _truncation(train, valid)]
+    return Prepared(
+        plugin, task, list(classes), tables.classes, bundle, train, valid, tables.fingerprint, bad, notes
+    )
+
+
+def _truncation(train: Encoded, valid: Encoded) -> str:
+    shares = [
+        f"{samples.truncated / len(samples):.1%} of {name}"
+        for name, samples in (("train", train), ("valid", valid))
+    ]
+    return f"truncated: {' and '.join(shares)} rows"
+
+
+def prepare_rows(
+    task: Task, bundle: Bundle, table: Table, named: dict[str, str], limits: Limits, labels: list[str] | None
+) -> Encoded:
+    """Encoded rows for a trained model; labels: the model's classes if the rows are to be scored, None if they are
+    to be predicted, when columns that supervise are not looked at. Raises BadRows with every unusable row."""
+    supervised = labels is not None
+    columns = [column for column in task.columns if supervised or not column.supervises]
+    named = {role: name for role, name in named.items() if role in {column.role for column in columns}}
+    rows = open_rows(table, columns, named, limits)
+    known = set(labels or ()) if label_role(columns) else None
+    seen = check(rows, known)
+    encoded = Encoded(rows.take(seen.good), task, bundle, train=False).fill()
+    settle([*seen.bad, *encoded.bad], len(rows), "stop", 0.0)
+    return encoded
+
+
+def data_report(skipped: list[BadRow]) -> str:
+    """data_report.jsonl: a line a row that was left out."""
+    records = ({"file": bad.file, "row": bad.row, "column": bad.column, "why": bad.why} for bad in skipped)
+    return "".join(json.dumps(record) + "\n" for record in records)

@@ -1,0 +1,278 @@
+"""From a path or hub id to a table of rows, through Hugging Face `datasets`: mapped from disk, not loaded.
+
+What `datasets` reports poorly is checked first, with line numbers: encoding, broken JSON, headers.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fasttune.errors import DataError
+from fasttune.media import MEDIA_SUFFIXES
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_FORMATS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+}
+_SPLITS = frozenset({"train", "training", "valid", "validation", "val", "dev", "test", "eval"})
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+){0,2}")
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_MAX_FIELD_CHARACTERS = 2**31 - 1  # csv's own default of 131,072 is less than one long document
+
+
+class MixedRows(list[dict[str, Any]]):
+    """Rows of a JSON lines file in which one column holds several types: Arrow can't hold them, yet each bad
+    row is to be named, with all other bad rows."""
+
+    @property
+    def column_names(self) -> list[str]:
+        return list(dict.fromkeys(key for row in self for key in row))
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows as they stand in the source.
+
+    name: what messages call it. root: the folder that media paths are relative to and must stay in, or None.
+    text_only: every value is text (csv, tsv), so that types are a matter of reading.
+    """
+
+    name: str
+    dataset: Dataset | MixedRows
+    root: Path | None = None
+    text_only: bool = False
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self.dataset.column_names)
+
+
+def read(spec: str, media: Literal["image", "audio"] | None = None, split: str = "train") -> Table:
+    """Opens a table: a file, a folder of images or audio, a folder that `datasets` saved, or a hub id.
+
+    media: what the task reads from files, if anything. split: of a hub id that names none. Raises DataError.
+    """
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        table = _read_folder(path, spec, media)
+    elif path.is_file():
+        table = _read_file(path, spec)
+    elif path.suffix.lower() in {*_DELIMITERS, *_FORMATS} or not _HUB_ID.fullmatch(spec):
+        raise DataError(None, f"{spec}: no such file or folder")
+    else:
+        table = _read_hub(spec, split)
+    if len(table.dataset) == 0:
+        raise DataError(None, f"{spec}: has no rows")
+    return table
+
+
+def _read_file(path: Path, name: str) -> Table:
+    suffix = path.suffix.lower()
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise DataError(None, f"{name}: can't be read: {error.strerror}") from error
+    if size == 0:
+        raise DataError(None, f"{name}: the file is empty")
+    root = path.resolve().parent
+    if suffix in _DELIMITERS:
+        return Table(name, _read_delimited(path, name, _DELIMITERS[suffix]), root, text_only=True)
+    if suffix not in _FORMATS:
+        known = ", ".join([*_DELIMITERS, *_FORMATS])
+        raise DataError(None, f"{name}: format {suffix or 'without a suffix'!r} is not known. Known: {known}")
+    if _FORMATS[suffix] == "json" and _json_is_mixed(path, name):
+        with path.open(encoding="utf-8-sig") as file:
+            return Table(name, MixedRows(json.loads(line) for line in file), root)
+    return Table(name, _load(_FORMATS[suffix], name, data_files=str(path.resolve())), root)
+
+
+def _load(builder: str, table_name: str, **arguments: Any) -> Dataset:
+    """`datasets.load_dataset` with its own fault, and not the wrapping, in the message."""
+    import datasets
+    from datasets.exceptions import DatasetGenerationError
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it raises too
+    try:
+        return datasets.load_dataset(builder, split=arguments.pop("split", "train"), **arguments)
+    except DatasetGenerationError as error:
+        cause = error.__cause__ or error
+        reason = re.sub(r"^Error tokenizing data\. (C error: )?", "", str(cause)).strip()
+        raise DataError(None, f"{table_name}: can't be read: {reason}") from error
+    except (datasets.exceptions.DatasetNotFoundError, ConnectionError, ValueError, OSError) as error:
+        raise DataError(None, f"{table_name}: can't be read: {error}") from error
+
+
+def _read_delimited(path: Path, name: str, delimiter: str) -> Dataset:
+    from datasets import Features, Value
+
+    _check_utf8(path, name)
+    csv.field_size_limit(_MAX_FIELD_CHARACTERS)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter=delimiter)
+        header = next(reader, [])
+        lengths = [(reader.line_num, len(record)) for record in reader if record]
+    faults = [
+        f"{name}, line {line}: expected {len(header)} fields as in the header, found {found}; "
+        "a field that holds the delimiter needs double quotes"
+        for line, found in lengths
+        if found != len(header)
+    ]
+    _raise_faults(faults)
+    if not lengths:
+        raise DataError(None, f"{name}: has a header and no rows")
+    repeated = sorted({column for column in header if header.count(column) > 1})
+    if repeated or "" in header:
+        fault = f"{repeated[0]!r} stands twice" if repeated else "a column has no name"
+        raise DataError(None, f"{name}: the header is wrong: {fault}")
+    # Every value as text: "NA" and "null" are words that people write, and 007 is no number.
+    features = Features({column: Value("string") for column in header})
+    return _load(
+        "csv",
+        name,
+        data_files=str(path.resolve()),
+        sep=delimiter,
+        features=features,
+        encoding="utf-8-sig",
+        keep_default_na=False,
+        na_filter=False,
+    )
+
+
+def _check_utf8(path: Path, name: str) -> None:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            _decode(line, name, number)
+
+
+def _decode(line: bytes, name: str, number: int) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        bad = line[error.start : error.start + 1].hex()
+        raise DataError(
+            None, f"{name}, line {number}: not UTF-8 text: byte 0x{bad} at position {error.start + 1} of the line"
+        ) from error
+
+
+def _raise_faults(faults: list[str]) -> None:
+    if faults:
+        more = f"\n… and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise DataError(None, "\n".join(faults[:20]) + more)
+
+
+def _json_is_mixed(path: Path, name: str) -> bool:
+    """Checks JSON objects, one a line, or one array of objects in a .json file: all broken lines are named at
+    once. True if a column holds values of several types."""
+    if path.suffix.lower() == ".json":
+        _check_utf8(path, name)
+        with path.open(encoding="utf-8-sig") as file:
+            start = file.read(4096).lstrip()
+        if start.startswith("["):
+            _check_json_array(path, name)
+            return False
+    faults: list[str] = []
+    types: dict[str, set[type]] = {}
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = _parse_row(_decode(line, name, number).removeprefix("\ufeff"))
+            except ValueError as error:
+                faults.append(f"{name}, line {number}: {error}")
+                continue
+            for key, value in row.items():
+                if value is not None:
+                    types.setdefault(key, set()).add(float if type(value) is int else type(value))
+    _raise_faults(faults)
+    return any(len(found) > 1 for found in types.values())
+
+
+def _parse_row(text: str) -> dict[str, Any]:
+    if not text.strip():
+        raise ValueError("is blank; expected a JSON object")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"broken JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _check_json_array(path: Path, name: str) -> None:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise DataError(None, f"{name}, line {error.lineno}: broken JSON: {error.msg}") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise DataError(None, f"{name}: expected an array of objects, a row each")
+
+
+def _read_folder(path: Path, name: str, media: Literal["image", "audio"] | None) -> Table:
+    import datasets
+
+    if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
+        return Table(name, datasets.load_from_disk(str(path)), path)
+    described = next((path / file for file in _METADATA if (path / file).is_file()), None)
+    if described:
+        table = _read_file(described, str(Path(name) / described.name))
+        return Table(table.name, table.dataset, path, table.text_only)
+    if media is None:
+        raise DataError(None, f"{name}: is a folder; expected a table: {', '.join([*_DELIMITERS, *_FORMATS])}")
+    return Table(name, _list_classes(path, name, media), path)
+
+
+def _list_classes(path: Path, name: str, media: Literal["image", "audio"]) -> Dataset:
+    """A folder a class: every media file below a first-level folder bears that folder's name as its label."""
+    from datasets import Dataset
+
+    classes = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if classes and all(entry.name.lower() in _SPLITS for entry in classes):
+        listed = ", ".join(str(Path(name) / entry.name) for entry in classes)
+        raise DataError(None, f"{name}: holds splits, not classes; name one of them: {listed}")
+    files, labels, others = [], [], []
+    for folder in classes:
+        for file in sorted(folder.rglob("*")):
+            if not file.is_file() or file.name.startswith("."):
+                continue
+            if file.suffix.lower() in MEDIA_SUFFIXES[media]:
+                files.append(str(file.relative_to(path)))
+                labels.append(folder.name)
+            else:
+                others.append(str(file.relative_to(path)))
+    if not files:
+        kinds = ", ".join(sorted(MEDIA_SUFFIXES[media]))
+        raise DataError(
+            None,
+            f"{name}: expected a folder a class with {media} files ({kinds}), or one of {', '.join(_METADATA)}; "
+            f"found {len(classes)} folders without any",
+        )
+    if others:
+        raise DataError(None, f"{name}: {len(others)} files are no {media} files, the first: {others[0]}")
+    return Dataset.from_dict({media: files, "label": labels})
+
+
+def _read_hub(spec: str, split: str) -> Table:
+    identifier, *rest = spec.split(":")
+    config = rest[0] if len(rest) == 2 else None
+    if rest:
+        split = rest[-1]
+    return Table(
+        spec,
+        _load(identifier, f"{spec} (no local file or folder, so taken for a hub id)", name=config, split=split),
+    )

@@ -1,0 +1,274 @@
+"""Rows by role: the columns of a table mapped to what the task reads, and every value checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from fasttune.errors import BadRow, DataError, nearest
+from fasttune.media import Limits, open_audio, open_image
+from fasttune.readers import Table
+from fasttune.task import Column
+
+_MEDIA = ("image", "audio")
+_MEDIA_ALIASES = ("file_name", "file", "path", "filepath", "audio_filepath", "image_path")
+
+
+def media_kind(columns: Sequence[Column]) -> Any:
+    """ "image" or "audio" if the task reads such files, else None."""
+    return next((column.kind for column in columns if column.kind in _MEDIA), None)
+
+
+def map_columns(table: Table, columns: Sequence[Column], named: Mapping[str, str]) -> dict[str, str]:
+    """The table's column for each role: the one named in data.columns, else the role's own name, else an alias.
+
+    Raises DataError with the nearest name.
+    """
+    roles = [column.role for column in columns]
+    for role, name in named.items():
+        if role not in roles:
+            raise DataError(
+                None,
+                f"data.columns: the task has no role {role!r}.{nearest(role, roles)} Roles: {', '.join(roles)}",
+            )
+        if name not in table.columns:
+            raise DataError(
+                None, f"{table.name}: no column {name!r}.{nearest(name, table.columns)} {_columns_of(table)}"
+            )
+    folded = {name.casefold(): name for name in reversed(table.columns)}
+    mapping = dict(named)
+    for column in columns:
+        if column.role in mapping:
+            continue
+        aliases = (*column.aliases, *(_MEDIA_ALIASES if column.kind in _MEDIA else ()))
+        free = [
+            name
+            for name in (column.role, *aliases)
+            if folded.get(name.casefold()) not in (None, *mapping.values())
+        ]
+        if free:
+            mapping[column.role] = folded[free[0].casefold()]
+        elif column.required:
+            raise DataError(
+                None,
+                f"{table.name}: no column for {column.role!r} ({column.kind})."
+                f"{nearest(column.role, table.columns)} {_columns_of(table)} "
+                f"Name it with data.columns.{column.role}=COLUMN",
+            )
+    return mapping
+
+
+def _by_role(columns: Sequence[Column], role: str) -> Column:
+    return next(column for column in columns if column.role == role)
+
+
+def _columns_of(table: Table) -> str:
+    return f"Columns: {', '.join(table.columns)}."
+
+
+def _label_name(value: Any) -> str:
+    """A class name from what stands in the data."""
+    match value:
+        case bool():
+            return str(value).lower()
+        case str() if value.strip():
+            return value.strip()
+        case int():
+            return str(value)
+        case float():
+            raise ValueError(f"expected a class (text or a whole number), found the float {value}")
+        case None | str():
+            raise ValueError("expected a class, found none")
+    raise ValueError(f"expected a class (text or a whole number), found {type(value).__name__} {value!r:.60}")
+
+
+def _label_names(value: Any) -> list[str]:
+    """Class names from a list, or from text: a JSON array, or names between `|`, `;` or `,`."""
+    if isinstance(value, str):
+        text = value.strip()
+        if text.startswith("["):
+            value = json.loads(text)
+        else:
+            separator = next((mark for mark in "|;," if mark in text), "|")
+            value = [part for part in text.split(separator) if part.strip()]
+    if not isinstance(value, (list, tuple, np.ndarray)):
+        raise ValueError(f"expected a list of classes, found {value!r:.60}")
+    return sorted({_label_name(item) for item in value})
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        raise ValueError("expected text, found nothing (null)")
+    if not isinstance(value, str):
+        raise ValueError(f"expected text, found {type(value).__name__} {value!r:.60}")
+    if not value.strip():
+        raise ValueError("expected text, found only blanks" if value else "expected text, found an empty string")
+    return value
+
+
+def _number(value: Any) -> float:
+    if value is None or isinstance(value, bool) or value == "":
+        raise ValueError(f"expected a number, found {'nothing' if value in (None, '') else value}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"expected a number, found {value!r:.60}") from error
+    if not math.isfinite(number):
+        raise ValueError(f"expected a finite number, found {value}")
+    return number
+
+
+_READ: dict[str, Callable[[Any], Any]] = {
+    "text": _text,
+    "label": _label_name,
+    "labels": _label_names,
+    "number": _number,
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a table, seen by role. indices: int64 [n], positions in the table."""
+
+    table: Table
+    columns: tuple[Column, ...]
+    mapping: Mapping[str, str]
+    indices: np.ndarray
+    limits: Limits = field(default_factory=Limits)
+    _decoders: Mapping[str, Callable[[Any], Any]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_decoders", {role: self._decoder(role) for role in self.mapping})
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def take(self, positions: np.ndarray | Sequence[int]) -> Rows:
+        return replace(self, indices=self.indices[np.asarray(positions, dtype=np.int64)])
+
+    def number(self, position: int) -> int:
+        """The row's number in its file, from 1, without a header."""
+        return int(self.indices[position]) + 1
+
+    def bad(self, position: int, error: DataError) -> BadRow:
+        column = self.mapping.get(error.column, error.column) if error.column else None
+        return BadRow(self.table.name, self.number(position), column, error.why)
+
+    def raw(self, position: int) -> dict[str, Any]:
+        """The row as it stands in the table."""
+        return self.table.dataset[int(self.indices[position])]
+
+    def read(self, position: int, *, media: bool = False, raw: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The row by role, values checked. media: open images and audio, else leave them as they stand.
+
+        Raises DataError for a value that is not of its column's kind.
+        """
+        raw = self.raw(position) if raw is None else raw
+        row: dict[str, Any] = {}
+        for column in self.columns:
+            if column.role not in self.mapping:
+                continue
+            value = raw.get(self.mapping[column.role])
+            if value is None and not column.required:
+                continue
+            if column.kind in _MEDIA:
+                row[column.role] = self._open(column, value) if media else value
+                continue
+            try:
+                row[column.role] = self._decoders[column.role](value)
+            except ValueError as error:
+                raise DataError(column.role, str(error)) from error
+        return row
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        """Raw rows, in order; faster than `raw` one by one."""
+        whole = len(self) == len(self.table.dataset) and bool((np.diff(self.indices) == 1).all())
+        if whole or not hasattr(self.table.dataset, "select"):
+            source = self.table.dataset
+            yield from (source if whole else (source[int(i)] for i in self.indices))
+        else:
+            yield from self.table.dataset.select(self.indices)
+
+    def key(self, raw: Mapping[str, Any]) -> bytes:
+        """A hash of what the model sees of a row: its inputs, without its targets."""
+        inputs = [
+            raw.get(self.mapping[c.role]) for c in self.columns if c.role in self.mapping and not c.supervises
+        ]
+        return hashlib.blake2b(repr(inputs).encode(), digest_size=16).digest()
+
+    def _open(self, column: Column, value: Any) -> Any:
+        opener = open_image if column.kind == "image" else open_audio
+        return opener(value, column.role, self.table.root, self.limits)
+
+    def _decoder(self, role: str) -> Callable[[Any], Any]:
+        column = _by_role(self.columns, role)
+        read = _READ.get(column.kind, lambda value: value)
+        if column.kind in ("label", "labels"):
+            names = _class_names(self.table, self.mapping[role])
+            if names:
+                return lambda value: read(_named(value, names))
+            if (
+                column.kind == "label"
+                and self.table.text_only
+                and _holds_fractions(self.table, self.mapping[role])
+            ):
+                return lambda value: _label_name(float(value) if value.strip() else value)
+        return read
+
+
+def open_rows(
+    table: Table,
+    columns: Sequence[Column],
+    named: Mapping[str, str],
+    limits: Limits,
+) -> Rows:
+    """All rows of a table, by role. Raises DataError if a column is missing."""
+    import datasets
+
+    mapping = map_columns(table, columns, named)
+    dataset = table.dataset
+    for column in columns:
+        if column.kind in _MEDIA and column.role in mapping and isinstance(dataset, datasets.Dataset):
+            feature = dataset.features[mapping[column.role]]
+            if isinstance(feature, (datasets.Image, datasets.Audio)):  # opened here, within limits
+                dataset = dataset.cast_column(mapping[column.role], type(feature)(decode=False))
+    table = replace(table, dataset=dataset)
+    return Rows(table, tuple(columns), mapping, np.arange(len(dataset)), limits)
+
+
+def _class_names(table: Table, name: str) -> list[str] | None:
+    """The names of a ClassLabel column, or of a list of them."""
+    feature = getattr(table.dataset, "features", {}).get(name)
+    feature = getattr(feature, "feature", feature)
+    return getattr(feature, "names", None)
+
+
+def _named(value: Any, names: list[str]) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_named(item, names) for item in value]
+    if isinstance(value, int):
+        if not 0 <= value < len(names):
+            raise ValueError(f"expected a class from 0 to {len(names) - 1}, found {value}")
+        return names[value]
+    return value
+
+
+def _holds_fractions(table: Table, name: str) -> bool:
+    """Whether a text column is one of numbers, some of them written as fractions: 3.5 or 3.0."""
+    fractions = False
+    for value in table.dataset[name]:
+        text = value.strip()
+        if not text:
+            continue
+        try:
+            float(text)
+        except ValueError:
+            return False
+        fractions = fractions or not text.lstrip("+-").isdecimal()
+    return fractions

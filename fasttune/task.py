@@ -1,0 +1,287 @@
+"""The task contract, and how installed tasks are found. Importing this module imports no torch.
+
+A plugin package declares one entry point a task, in the group of the contract's version:
+
+    [project.entry-points."fasttune.tasks.v1"]
+    text-classification = "fasttune_classification.text:TextClassification"
+
+The host owns columns, splits, loading, collation, precision, strategies, the optimizer, checkpoints and reports.
+A task says what a row means, what the loss is, and what a prediction looks like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from fasttune.errors import PluginError, nearest
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+
+GROUP = "fasttune.tasks.v1"
+_GROUP_STEM = "fasttune.tasks."
+
+Kind = Literal["text", "label", "labels", "number", "image", "audio", "json"]
+"""What a column holds, and what the host hands to `encode`:
+
+text    str, neither null nor blank
+label   str, the class name; the host collects the classes of train, sorts them and hands them to `build`
+labels  list[str], any number of class names (multi label)
+number  float, finite
+image   PIL.Image.Image in RGB, EXIF rotation applied
+audio   fasttune.media.Audio: float32 mono samples [frames] and their rate in Hz
+json    any JSON value, as it stands in the file
+"""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column that the task reads.
+
+    role: its key in the row. aliases: other names it is found by. required: False if data may lack it.
+    target: it supervises, so that rows to predict may lack it; labels and numbers always do.
+    """
+
+    role: str
+    kind: Kind
+    aliases: tuple[str, ...] = ()
+    required: bool = True
+    target: bool = False
+
+    @property
+    def supervises(self) -> bool:
+        return self.target or self.kind in ("label", "labels", "number")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number in the meter's result. The primary one picks `best/` and stops early."""
+
+    name: str
+    best: Literal["max", "min"]
+    primary: bool = False
+
+
+@dataclass
+class Bundle:
+    """A pretrained model with the task's head, and its processor.
+
+    head: names of the modules that are always trained and always saved (as in `model.named_modules()`).
+    blocks: names of the repeated layers in depth order, input first: layer-wise rates, gradual unfreezing and
+        activation checkpointing go by them.
+    lora_targets: names of the modules that LoRA adapts when the user names none.
+    padding: the value that fills a tensor up when samples differ in length, by tensor name; 0 if not named.
+    notes: what the user should know, such as "head replaced: 2 classes became 5".
+    """
+
+    model: nn.Module
+    processor: Any
+    head: tuple[str, ...]
+    blocks: tuple[str, ...]
+    lora_targets: tuple[str, ...]
+    padding: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class Sample:
+    """One encoded row, without the batch dimension.
+
+    tensors: arrays by name; samples of a batch are padded to the longest in every dimension.
+    cost: what the sample costs to compute, in tokens, frames or pixels; drives buckets and the padding share.
+    truncated: how many units of cost were cut off.
+    """
+
+    tensors: dict[str, np.ndarray]
+    cost: int
+    truncated: int = 0
+
+
+@dataclass
+class Loss:
+    """A SUM over what is supervised, and its COUNT: never a mean, so that the host can normalise once over
+    micro-batches and ranks. total: 0-d, fp32, differentiable. count: number of supervised items."""
+
+    total: Tensor
+    count: Tensor | float
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What `fasttune demo TASK` trains and compares.
+
+    title: one line that says what is learned from what.
+    model: directory of the embedded pretrained model.
+    train, valid: rows by role.
+    variants: (name, run-file settings as a nested mapping), in the order they are shown.
+    baselines: the primary metric of trivial answers, such as the majority class, by name.
+    """
+
+    title: str
+    model: str
+    train: list[dict[str, Any]]
+    valid: list[dict[str, Any]]
+    variants: tuple[tuple[str, Mapping[str, Any]], ...]
+    baselines: Mapping[str, float] = field(default_factory=dict)
+
+
+class Meter(Protocol):
+    """Streaming metrics: no logits are kept."""
+
+    def update(self, prediction: Any, reference: Mapping[str, Any]) -> None:
+        """prediction: one item of `Task.decode`. reference: the row, by role."""
+
+    def merge(self, other: Any) -> None:
+        """Takes in what another rank has seen."""
+
+    def result(self) -> dict[str, Any]:
+        """Metrics by name; JSON-able."""
+
+
+class NoOptions(BaseModel):
+    """For a task without settings of its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Source(str):
+    """A local directory or hub id, as text, with what `from_pretrained` needs beside it."""
+
+    remote_code_revision: str | None = None
+    random_weights: bool = False  # build from the configuration alone: what training from scratch starts from
+
+    @property
+    def load_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for `from_pretrained`: weights only as safetensors, and remote code only at the
+        one revision that the user named."""
+        arguments: dict[str, Any] = {"use_safetensors": True}
+        if self.remote_code_revision:
+            arguments |= {"trust_remote_code": True, "revision": self.remote_code_revision}
+        return arguments
+
+
+class Task:
+    """One class and one entry point a task. Subclass, set the class attributes and write the methods.
+
+    `columns` and `metrics` may be properties where they depend on `self.options`. A task object must pickle.
+    """
+
+    columns: tuple[Column, ...] = ()
+    metrics: tuple[Metric, ...] = ()
+    Options: ClassVar[type[BaseModel]] = NoOptions
+
+    def __init__(self, options: Any = None):
+        self.options: Any = self.Options() if options is None else options
+
+    def build(self, source: Source, labels: list[str]) -> Bundle:
+        """Loads the pretrained model with a head for `labels` (empty if the task has no label column), and the
+        processor. Raises ModelError if the model is of another family."""
+        raise NotImplementedError
+
+    def encode(self, row: dict[str, Any], bundle: Bundle, train: bool) -> Sample | list[Sample]:
+        """Turns a row, by role, into one or several samples. Pure and picklable. Roles that supervise may be
+        missing (prediction). Raises DataError(column, why) for a row that can't be used."""
+        raise NotImplementedError
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Loss:
+        """The loss of a padded batch [N, ...], through `fasttune.ops`."""
+        raise NotImplementedError
+
+    def decode(self, model: nn.Module, batch: dict[str, Tensor], bundle: Bundle) -> list[Any]:
+        """One JSON-able prediction a sample: the one path of evaluate, predict and demo."""
+        raise NotImplementedError
+
+    def score(self, model: nn.Module, batch: dict[str, Tensor], bundle: Bundle) -> tuple[Loss, list[Any]]:
+        """Loss and predictions of a batch. Override it where one forward pass gives both."""
+        return self.loss(model, batch), self.decode(model, batch, bundle)
+
+    def meter(self) -> Meter:
+        raise NotImplementedError
+
+    def resolve(self, counts: Mapping[str, int]) -> Any:
+        """The options with everything written out that depends on the classes of train, such as class weights.
+
+        counts: rows a class, sorted by class name; empty if the task has no label column. Raises
+        DataError(column, why) if these classes can't be learned. The host makes a new task of it.
+        """
+        return self.options
+
+    @classmethod
+    def demo(cls) -> Demo | None:
+        """The embedded model and data of `fasttune demo`, offline; None if the task has none."""
+        return None
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """An entry point as its distribution's metadata states it; nothing is imported."""
+
+    name: str
+    value: str
+    distribution: str
+    version: str
+    group: str
+
+
+def installed() -> list[Plugin]:
+    """All tasks that installed distributions declare, for any version of the contract, sorted by name."""
+    found = {
+        Plugin(point.name, point.value, dist.name, dist.version, point.group)
+        for dist in metadata.distributions()
+        for point in dist.entry_points
+        if point.group.startswith(_GROUP_STEM)
+    }
+    return sorted(found, key=lambda plugin: (plugin.name, plugin.distribution))
+
+
+def find(name: str) -> Plugin:
+    """The plugin that serves a task: `name`, or `distribution:name` where two distributions claim one name.
+
+    Raises PluginError if there is none (with the nearest name), if several claim it, or if it was made for
+    another version of the contract.
+    """
+    wanted, _, task_name = name.rpartition(":")
+    everything = installed()
+    matches = [p for p in everything if p.name == task_name and wanted in ("", p.distribution)]
+    current = [p for p in matches if p.group == GROUP]
+    if len(current) == 1:
+        return current[0]
+    if len(current) > 1:
+        claims = ", ".join(f"{p.distribution}:{p.name}" for p in current)
+        raise PluginError(f"task {name!r} is claimed by {len(current)} distributions; name one of: {claims}")
+    if matches:
+        other = matches[0]
+        raise PluginError(
+            f"task {name!r} of {other.distribution} {other.version} was made for contract "
+            f"{other.group.removeprefix(_GROUP_STEM)}; this fasttune speaks {GROUP.removeprefix(_GROUP_STEM)}. "
+            "Install a release of that package for this contract, or another fasttune."
+        )
+    names = sorted({p.name for p in everything if p.group == GROUP})
+    listed = ", ".join(names) or "none"
+    raise PluginError(f"no installed task is named {name!r}.{nearest(task_name, names)} Installed: {listed}.")
+
+
+def load(plugin: Plugin) -> type[Task]:
+    """Imports the task's class. Raises PluginError, with the cause, if the plugin is broken."""
+    where = f"task {plugin.name!r} of {plugin.distribution} {plugin.version}"
+    point = metadata.EntryPoint(plugin.name, plugin.value, plugin.group)
+    try:
+        loaded = point.load()
+    # A plugin is foreign code: whatever it raises at import, sys.exit() included, must cost only itself.
+    except (Exception, SystemExit) as error:
+        raise PluginError(f"{where} is broken: {type(error).__name__}: {error}") from error
+    if not (isinstance(loaded, type) and issubclass(loaded, Task)):
+        raise PluginError(f"{where} is broken: {plugin.value} is not a subclass of fasttune.task.Task")
+    return loaded
+
+
+def primary_metric(task: Task) -> Metric:
+    """The metric that picks `best/`; the loss on valid if the task names none."""
+    return next((metric for metric in task.metrics if metric.primary), Metric("loss", "min", primary=True))

@@ -1,0 +1,1 @@
+"""Text, image and audio classification for fasttune."""

@@ -1,0 +1,91 @@
+"""Loads a tokenizer and makes it agree with its model: length, padding, and which tensors it makes."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from fasttune.errors import ConfigError, ModelError
+from fasttune.task import Source
+from fasttune_classification.checkpoint import LOADING_ERRORS, load_arguments, quiet, trouble
+
+LONGEST_DEFAULT = 512
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The tokenizer beside a model. Raises ModelError if there is none, or if it has no vocabulary."""
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source, **load_arguments(source))
+    except LOADING_ERRORS as error:
+        if Path(source).is_dir() and not any(Path(source).glob("*token*")):
+            raise ModelError(_no_tokenizer(source)) from error
+        raise trouble(source, "its tokenizer", error) from error
+    # Without vocabulary files transformers makes an empty tokenizer of the model's type, and says nothing.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ModelError(_no_tokenizer(source))
+    return tokenizer
+
+
+def fit_tokenizer(source: Source, tokenizer: Any, model: Any, max_length: int | None) -> None:
+    """Writes into the tokenizer what `encode` and transformers' pipeline go by: the length limit, padding on the
+    right, a padding token (the model's configuration learns of it), and only tensors that the model takes."""
+    # Decoders name their head `score`, and classify by the last token that is not padding, on whichever side.
+    decoder = hasattr(model, "score")
+    if tokenizer.padding_side == "left" and not decoder:
+        raise ModelError(
+            f"model {str(source)!r} ({model.config.model_type}) wants padding on the left of a text; fasttune pads "
+            "on the right"
+        )
+    tokenizer.model_max_length = _length(tokenizer, model, max_length)
+    tokenizer.padding_side = "right"
+    accepted = inspect.signature(model.forward).parameters
+    tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in accepted]
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(
+                f"model {str(source)!r}: its tokenizer has neither a padding nor an end-of-text token, so texts "
+                "of different lengths can't share a batch; add a pad_token to its tokenizer_config.json"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    for part in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        # Where it is no decoder, the configuration's own id stays: RoBERTa counts its positions from it.
+        if getattr(part, "pad_token_id", None) is None or decoder:
+            part.pad_token_id = tokenizer.pad_token_id
+
+
+def _length(tokenizer: Any, model: Any, wanted: int | None) -> int:
+    """Raises ConfigError if the wanted length leaves no room for text, or is more than the model has positions."""
+    limit = _positions(model)
+    if wanted is None:
+        stated = min(tokenizer.model_max_length, LONGEST_DEFAULT)  # 1e30 where the tokenizer states none
+        return int(min(stated, limit) if limit is not None else stated)
+    if limit is not None and wanted > limit:
+        raise ConfigError(f"options.max_length: {wanted} is more than the model's {limit} positions")
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    if wanted <= special:
+        raise ConfigError(f"options.max_length: {wanted} leaves no room for text beside {special} special tokens")
+    return wanted
+
+
+def _positions(model: Any) -> int | None:
+    """How many tokens the model can take, or None if its positions have no end."""
+    config = model.config.get_text_config()
+    stated = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if not isinstance(stated, int) or stated <= 0:
+        return None
+    for module in model.modules():
+        # RoBERTa and its kin start counting after the padding id, and lose the rows up to it.
+        table = getattr(module, "position_embeddings", None)
+        offset = getattr(table, "padding_idx", None)
+        if offset is not None:
+            return stated - offset - 1
+    return stated
+
+
+def _no_tokenizer(source: Source) -> str:
+    return (
+        f"model {str(source)!r} has no tokenizer; expected tokenizer.json or vocabulary files beside config.json. "
+        "Copy them from the model it was trained from."
+    )
