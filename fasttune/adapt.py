@@ -20,6 +20,7 @@ from fasttune.ops import dropout, lora_linear
 from fasttune.task import Bundle
 
 Strategy = Full | Head | Lora
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 

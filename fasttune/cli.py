@@ -49,9 +49,7 @@ def _run_arguments(command: F) -> F:
     options = [
         click.argument("target", metavar="FILE.yaml | TASK"),
         click.option("--data", "train", metavar="PATH", help="Labelled rows: a file, a folder or a hub id."),
-        click.option(
-            "--valid", metavar="PATH|SHARE", help="Labelled rows to validate on, or a share of --data."
-        ),
+        click.option("--valid", metavar="PATH|SHARE", help="Labelled rows to validate on, or a share of --data."),
         click.option("--model", metavar="MODEL", help="A local directory or a hub id."),
         click.option("--strategy", metavar="KIND", help="full, head or lora."),
         click.option("--output", metavar="DIR", help="The run folder."),

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fasttune import config as configs
-from fasttune.adapt import Adapted, adapt, native_precision
+from fasttune.adapt import DTYPES, Adapted, adapt, native_precision
 from fasttune.batching import Batches, Loader, MicroBatch, Position
 from fasttune.checkpoint import Checkpoints, Disk, State
 from fasttune.config import Head, Lora, RunConfig
@@ -38,8 +38,6 @@ from fasttune.task import primary_metric
 from fasttune.train import LossModule, StepRecord, peak_memory, train
 
 __all__ = ["Model", "finetune", "load"]
-
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def finetune(
@@ -132,7 +130,7 @@ class _Run:
         adapted = adapt(
             self.prepared.bundle,
             strategy,
-            dtype=_DTYPES[train.precision],
+            dtype=DTYPES[train.precision],
             device=self.device,
             attention_implementation=train.attention,
             checkpointing=train.activation_checkpointing,

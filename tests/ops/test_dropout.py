@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from fasttune.ops import dropout, library
 from fasttune.ops.dropout import (
     DTYPES,
+    draw_seed,
     dropout_add_reference_,
     dropout_reference,
     mask_reference,
@@ -220,6 +221,12 @@ def test_manual_seed_repeats_and_each_call_differs():
     assert torch.equal(dropout(x, 0.5, training=True), first)
     assert torch.equal(dropout(x, 0.5, training=True), second)
     assert not torch.equal(first, second)
+
+
+def test_seeds_use_all_64_bits():
+    every = torch.stack([draw_seed() for _ in range(200)])
+    for bit in range(64):
+        assert 0 < ((every >> bit) & 1).sum() < 200
 
 
 def test_checkpointing_recomputes_the_mask():

@@ -9,7 +9,8 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.utils import is_timm_available, logging
+from transformers.utils import logging
+from transformers.utils.import_utils import is_timm_available
 
 from fasttune.errors import ModelError
 from fasttune.task import Source

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import AutoImageProcessor, PreTrainedConfig, ViTImageProcessorPil
-from transformers.utils import is_timm_available, is_torchvision_available
+from transformers.utils.import_utils import is_timm_available, is_torchvision_available
 
 from fasttune.errors import ModelError
 from fasttune.task import Source

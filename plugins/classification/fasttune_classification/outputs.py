@@ -1,7 +1,7 @@
 """From logits [N, C] to losses and predictions. Arithmetic in fp32, whatever the type of the logits."""
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ def single_label(logits: Tensor, target: Tensor, weight: Tensor | None, smoothin
     `F.cross_entropy`'s mean: the count is the sum of the targets' weights."""
     total = cross_entropy(logits, target, weight=weight, label_smoothing=smoothing, reduction="sum")
     count = float(target.numel()) if weight is None else weight[target].sum()
-    return Loss(total.float(), count)
+    return Loss(cast(Tensor, total).float(), count)
 
 
 def multi_label(logits: Tensor, target: Tensor, weight: Tensor | None, smoothing: float) -> Loss:

@@ -120,7 +120,8 @@ class TextClassification(Classifier):
         ids = tensors["input_ids"]
         if not ids.size:
             raise DataError("text", f"the tokenizer makes no token of {row['text'][:40]!r}")
-        vocabulary = getattr(bundle.model.config.get_text_config(), "vocab_size", None)
+        config: Any = bundle.model.config
+        vocabulary = getattr(config.get_text_config(), "vocab_size", None)
         if vocabulary is not None and ids.max() >= vocabulary:
             raise DataError(
                 "text",

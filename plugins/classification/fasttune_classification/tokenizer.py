@@ -35,8 +35,8 @@ def fit_tokenizer(source: Source, tokenizer: Any, model: Any, max_length: int | 
     decoder = hasattr(model, "score")
     if tokenizer.padding_side == "left" and not decoder:
         raise ModelError(
-            f"model {str(source)!r} ({model.config.model_type}) wants padding on the left of a text; fasttune pads "
-            "on the right"
+            f"model {str(source)!r} ({model.config.model_type}) wants padding on the left of a text; fasttune "
+            "pads on the right"
         )
     tokenizer.model_max_length = _length(tokenizer, model, max_length)
     tokenizer.padding_side = "right"

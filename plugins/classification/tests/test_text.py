@@ -110,7 +110,7 @@ def test_pooler_that_the_checkpoint_lacks_is_part_of_the_head(bert):
     assert "bert.pooler.dense" in bundle.notes[1]
 
 
-def classifier_folder(bert, names, tmp_path):
+def classifier_folder(bert, names):
     config = hf.AutoConfig.from_pretrained(bert, id2label=dict(enumerate(names)))
     config.label2id = {name: i for i, name in enumerate(names)}
     model = hf.AutoModelForSequenceClassification.from_config(config)
@@ -127,8 +127,8 @@ def classifier_folder(bert, names, tmp_path):
         (["0", "1", "2"], LABELS, LABELS),
     ],
 )
-def test_matching_head_is_kept(bert, tmp_path, stated, labels, order):
-    model, source = classifier_folder(bert, stated, tmp_path)
+def test_matching_head_is_kept(bert, stated, labels, order):
+    model, source = classifier_folder(bert, stated)
     bundle = TextClassification().build(source, labels)
     assert bundle.notes == ("head kept: 3 classes",)
     assert bundle.head == ("classifier",)
@@ -146,8 +146,8 @@ def test_matching_head_is_kept(bert, tmp_path, stated, labels, order):
         (["joy", "fear", "rage"], "head replaced: its 3 classes are not the ones of train"),
     ],
 )
-def test_other_head_is_replaced(bert, tmp_path, capfd, stated, note):
-    model, source = classifier_folder(bert, stated, tmp_path)
+def test_other_head_is_replaced(bert, capfd, stated, note):
+    model, source = classifier_folder(bert, stated)
     capfd.readouterr()
     bundle = TextClassification().build(source, LABELS)
     assert capfd.readouterr() == ("", "")
@@ -186,6 +186,19 @@ def test_single_loss_is_a_sum_and_count_of_torchs_mean(bert, sentences, collate,
     wanted = F.cross_entropy(logits, batch["labels"], weight=tensor, label_smoothing=smoothing)
     torch.testing.assert_close(loss.total / loss.count, wanted)
     assert loss.total.dtype == torch.float32
+
+
+def test_class_weights_follow_the_models_order(bert, sentences, collate):
+    _, source = classifier_folder(bert, ["good", "bad", "fine"])
+    weights = {"bad": 0.3, "fine": 1.0, "good": 2.5}
+    task = TextClassification(TextClassification.Options(class_weights=weights))
+    bundle = task.build(source, LABELS)
+    batch = collate([task.encode(row, bundle, True) for row in rows(sentences)], bundle.padding)
+    loss = task.loss(bundle.model, batch)
+    assert float(loss.count) == pytest.approx(0.3 + 1.0 + 2.5 + 0.3)
+    logits = bundle.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    wanted = F.cross_entropy(logits, batch["labels"], weight=torch.tensor([2.5, 0.3, 1.0]))
+    torch.testing.assert_close(loss.total / loss.count, wanted)
 
 
 def test_multi_label(bert, sentences, collate, tmp_path):

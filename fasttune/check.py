@@ -1,0 +1,103 @@
+"""`fasttune check`: everything before the first step, shown; nothing is trained or written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from fasttune import config as configs
+from fasttune.adapt import DTYPES, Adapted, adapt, native_precision
+from fasttune.batching import Batches, Loader, cut, plan_epoch, to_device
+from fasttune.config import RunConfig
+from fasttune.data import Encoded
+from fasttune.prepare import UNITS, prepare
+from fasttune.progress import Progress
+from fasttune.rows import media_kind
+from fasttune.signals import Signals
+from fasttune.task import Task
+from fasttune.train import LossModule
+
+_SAMPLES_SHOWN = 3
+
+
+def check(config: RunConfig, remote_code: str | None = None) -> dict[str, Any]:
+    """What a run would do, by name. Raises what the run would raise before step 0, all bad rows included."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = configs.resolve(config, precision=native_precision(device))
+    with Signals() as signals:
+        prepared = prepare(config, Progress(quiet=True), signals, remote_code)
+    unit = UNITS[media_kind(prepared.task.columns)]
+    costs = prepared.train.costs
+    batches = Batches(Loader(prepared.train, prepared.bundle.padding), config.train.batch, 1, config.train.seed)
+    steps = config.train.steps or int(np.ceil(config.train.epochs * batches.per_epoch))
+    adapted = adapt(
+        prepared.bundle,
+        config.strategy,
+        dtype=DTYPES[config.train.precision],
+        device=device,
+        attention_implementation=config.train.attention,
+        checkpointing=config.train.activation_checkpointing,
+    )
+    trained = sum(parameter.numel() for parameter in adapted.trained.values())
+    return {
+        "task": f"{config.task} ({prepared.plugin.distribution} {prepared.plugin.version})",
+        "rows": f"{len(prepared.train.rows):,} train, {len(prepared.valid.rows):,} valid",
+        "notes": [*prepared.notes, f"attention: {adapted.attention}"],
+        "classes": [f"{name}: {count:,} rows" for name, count in sorted(prepared.classes.items())],
+        "bad rows left out": [str(row) for row in prepared.skipped],
+        unit: f"{min(costs):,} to {max(costs):,} a sample, mean {np.mean(costs):,.1f}",
+        "padding": f"{_padding(costs, config):.1%} in buckets of {config.train.batch}",
+        "samples": [_describe(prepared.train, i) for i in range(min(_SAMPLES_SHOWN, len(prepared.train)))],
+        "steps": f"{steps:,} of {config.train.batch} rows, {batches.per_epoch:,} an epoch",
+        "strategy": f"{config.strategy.kind}, {trained:,} parameters, lr {config.train.lr:g}, {config.train.precision}",
+        "memory": _forecast(adapted, batches, prepared.task, config.train.accumulation),
+        "output": config.output,
+    }
+
+
+def _padding(costs: list[int], config: RunConfig) -> float:
+    plan = plan_epoch(costs, config.train.batch, config.train.seed, 0)
+    return 1 - sum(costs) / sum(max(costs[i] for i in batch) * len(batch) for batch in plan)
+
+
+def _describe(encoded: Encoded, index: int) -> str:
+    """A sample as the loss sees it: text decoded back from its tokens, the supervised values, shapes."""
+    sample = encoded[index]
+    tokenizer = getattr(encoded.bundle.processor, "tokenizer", encoded.bundle.processor)
+    parts = []
+    for name, array in sample.tensors.items():
+        if name == "input_ids" and hasattr(tokenizer, "decode"):
+            parts.append(f"{name} {list(array.shape)} {tokenizer.decode(array[:40].tolist())!r:.160}")
+        elif array.size <= 8:
+            parts.append(f"{name} {array.tolist()}")
+        else:
+            parts.append(f"{name} {list(array.shape)} {array.dtype}")
+    return f"row {encoded.rows.number(encoded.owner[index])}: " + "; ".join(parts)
+
+
+def _forecast(adapted: Adapted, batches: Batches, task: Task, accumulation: int) -> str:
+    """Weights, optimizer, and what one forward pass of the costliest batch keeps for its backward, in GB."""
+    model, costs = adapted.bundle.model, batches.loader.encoded.costs
+    costliest = max(batches.plan(0), key=lambda batch: max(costs[i] for i in batch) * len(batch))
+    micro = batches.loader.load(cut(costliest, accumulation)[0])
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    adapted.train_mode()
+    device = next(model.parameters()).device
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        LossModule(model, task.loss)(to_device(micro.tensors, device))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    activations = sum(size for pointer, size in kept.items() if pointer not in own)
+    optimizer = sum(3 * master.numel() * master.element_size() for master in adapted.masters.values())
+    total = weights + activations + optimizer
+    return (
+        f"{total / 1e9:.2f} GB: weights {weights / 1e9:.2f}, masters and optimizer {optimizer / 1e9:.2f}, "
+        f"activations of the costliest batch {activations / 1e9:.2f}; the process itself comes on top"
+    )
