@@ -21,10 +21,14 @@ namespace {
 
 cpu::DType dtype_of(const at::Tensor& x) {
   switch (x.scalar_type()) {
-    case at::kDouble: return cpu::DType::kFloat64;
-    case at::kFloat: return cpu::DType::kFloat32;
-    case at::kHalf: return cpu::DType::kFloat16;
-    case at::kBFloat16: return cpu::DType::kBFloat16;
+    case at::kDouble:
+      return cpu::DType::kFloat64;
+    case at::kFloat:
+      return cpu::DType::kFloat32;
+    case at::kHalf:
+      return cpu::DType::kFloat16;
+    case at::kBFloat16:
+      return cpu::DType::kBFloat16;
     default:
       TORCH_CHECK_TYPE(false, "dropout: expected float64, float32, float16 or bfloat16, found ",
                        x.scalar_type());
@@ -61,8 +65,8 @@ void dropout_add_(at::Tensor& acc, const at::Tensor& x, double p, const at::Tens
   check_dropout(p, seed);
   TORCH_CHECK_VALUE(acc.is_contiguous() && acc.sizes() == x.sizes() &&
                         acc.scalar_type() == x.scalar_type() && acc.device() == x.device(),
-                    "dropout_add_: acc must be contiguous and match x of shape ", x.sizes(), " and ",
-                    x.scalar_type(), ", found ", acc.sizes(), " and ", acc.scalar_type());
+                    "dropout_add_: acc must be contiguous and match x of shape ", x.sizes(),
+                    " and ", x.scalar_type(), ", found ", acc.sizes(), " and ", acc.scalar_type());
   const at::Tensor input = x.contiguous();
   cpu::dropout(dropout_params(input, acc, p, seed, true));
 }

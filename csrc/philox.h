@@ -56,6 +56,8 @@ FASTTUNE_HOST_DEVICE Philox4 philox_quad(uint64_t seed, uint64_t quad) {
 }
 
 // 64 bits, because p = 1 (nothing is kept) gives 2^32.
-inline uint64_t dropout_threshold(double p) { return static_cast<uint64_t>(std::nearbyint(p * 4294967296.0)); }
+inline uint64_t dropout_threshold(double p) {
+  return static_cast<uint64_t>(std::nearbyint(p * 4294967296.0));
+}
 
 }  // namespace fasttune

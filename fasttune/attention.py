@@ -48,7 +48,7 @@ def plain_attention(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-def choose(model: nn.Module, wanted: str, dtype: torch.dtype, device: torch.device) -> str:
+def choose(model: Any, wanted: str, dtype: torch.dtype, device: torch.device) -> str:
     """Sets the model's attention implementation and says which, and why.
 
     wanted: "auto", or a name that transformers knows. auto is plain attention on CPU in bf16 where the model's own

@@ -14,6 +14,8 @@ from torch import Tensor
 from fasttune.data import Encoded
 from fasttune.task import Sample
 
+_FEWEST = 4  # samples that a micro-batch is cut down to at most, to save padding
+_MOST_PADDING = 0.1
 _POOL = 50  # batches that are sorted together: costs within a batch are alike, batches still differ by chance
 
 
@@ -126,7 +128,11 @@ class Batches:
         epoch, start = position.epoch, position.batch
         while True:
             plan = self.plan(epoch)[start:]
-            pieces = [cut(batch, self.accumulation) for batch in plan]
+            costs = self.loader.encoded.costs
+            pieces = [
+                [tight for piece in cut(batch, self.accumulation) for tight in tighten(piece, costs)]
+                for batch in plan
+            ]
             loaded = self.loader.along([piece for batch in pieces for piece in batch])
             for index, batch in enumerate(pieces, start=start + 1):
                 following = Position(epoch, index) if index < self.per_epoch else Position(epoch + 1, 0)
@@ -135,9 +141,21 @@ class Batches:
 
 
 def cut(batch: list[int], pieces: int) -> list[list[int]]:
-    """A batch in at most `pieces` micro-batches of nearly equal size."""
-    size = math.ceil(len(batch) / pieces)
-    return [batch[i : i + size] for i in range(0, len(batch), size)]
+    """A batch in `pieces` micro-batches whose sizes differ by one at most; none is empty."""
+    size, larger = divmod(len(batch), pieces)
+    ends = [i * size + min(i, larger) for i in range(1, pieces + 1)]
+    return [batch[start:end] for start, end in zip([0, *ends], ends, strict=False) if start < end]
+
+
+def tighten(batch: list[int], costs: Sequence[int]) -> list[list[int]]:
+    """A micro-batch, costliest sample first, cut in two where that saves most, as long as more than a tenth of it
+    is padding. Sums and counts make the gradient the same, so only the few uneven batches pay for a second pass."""
+    size, largest = len(batch), costs[batch[0]]
+    if size < 2 * _FEWEST or sum(costs[i] for i in batch) >= (1 - _MOST_PADDING) * largest * size:
+        return [batch]
+    places = range(_FEWEST, size - _FEWEST + 1)
+    place = min(places, key=lambda k: largest * k + costs[batch[k]] * (size - k))
+    return tighten(batch[:place], costs) + tighten(batch[place:], costs)
 
 
 def to_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:

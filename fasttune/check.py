@@ -51,7 +51,8 @@ def check(config: RunConfig, remote_code: str | None = None) -> dict[str, Any]:
         "padding": f"{_padding(costs, config):.1%} in buckets of {config.train.batch}",
         "samples": [_describe(prepared.train, i) for i in range(min(_SAMPLES_SHOWN, len(prepared.train)))],
         "steps": f"{steps:,} of {config.train.batch} rows, {batches.per_epoch:,} an epoch",
-        "strategy": f"{config.strategy.kind}, {trained:,} parameters, lr {config.train.lr:g}, {config.train.precision}",
+        "strategy": f"{config.strategy.kind}, {trained:,} parameters trained in {config.train.precision}",
+        "learning rate": f"{config.train.lr:g}, head {config.train.head_lr:g}",
         "memory": _forecast(adapted, batches, prepared.task, config.train.accumulation),
         "output": config.output,
     }

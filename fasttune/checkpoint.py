@@ -27,6 +27,7 @@ from fasttune.errors import CheckpointError, OutputError
 
 _STAGING = ".staging-"
 _MANIFEST = "manifest.json"
+_GROUPS = ("trained", "optimizer", "buffers")
 
 
 class Disk:
@@ -96,7 +97,7 @@ class Checkpoints:
         target = self.path(state.step)
         if target.exists() and not verify(target):
             return
-        tensors = {"trained": state.masters, "optimizer": state.optimizer, "buffers": state.buffers}
+        tensors = dict(zip(_GROUPS, (state.masters, state.optimizer, state.buffers), strict=True))
         needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
         try:
             self._write(target, state, tensors)
@@ -136,7 +137,7 @@ class Checkpoints:
 
     def newest(self) -> tuple[int | None, list[str]]:
         """The newest step that verifies, and what is wrong with each newer one."""
-        faults = []
+        faults: list[str] = []
         for step in reversed(self.steps()):
             fault = verify(self.path(step))
             if not fault:
@@ -151,8 +152,9 @@ class Checkpoints:
         if fault:
             raise CheckpointError(f"{path}: {fault}")
         record = json.loads((path / "state.json").read_text())
-        groups = [load_file(path / f"{name}.safetensors") for name in ("trained", "optimizer", "buffers")]
-        return State(record["step"], Position(**record["position"]), *groups, record["progress"])
+        masters, optimizer, buffers = (load_file(path / f"{name}.safetensors") for name in _GROUPS)
+        position = Position(**record["position"])
+        return State(record["step"], position, masters, optimizer, buffers, record["progress"])
 
     def restore_random(self, step: int) -> None:
         """Puts every random generator where it was when the checkpoint was written."""
@@ -170,8 +172,8 @@ class Checkpoints:
 
 
 def _random_json() -> dict[str, Any]:
-    kind, keys, *rest = np.random.get_state()
-    return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
 
 
 def _random_tensors() -> dict[str, Tensor]:

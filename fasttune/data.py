@@ -34,7 +34,10 @@ class Checked:
 
 def check(rows: Rows, known: set[str] | None = None, progress: Progress | None = None) -> Checked:
     """Reads every row but its media. known: the classes that labels must be among (those of train)."""
-    good, bad, keys, labels = [], [], [], []
+    good: list[int] = []
+    bad: list[BadRow] = []
+    keys: list[bytes] = []
+    labels: list[Any] = []
     classes: Counter[str] = Counter()
     digest = hashlib.blake2b(digest_size=16)
     role = label_role(rows.columns)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,9 @@ def install(bundle: Bundle, trained: Mapping[str, Tensor], buffers: Mapping[str,
 def save_model(bundle: Bundle, folder: Path, card: str, disk: Disk) -> None:
     """A folder that `from_pretrained` and `transformers.pipeline` open: weights, config, processor, model card."""
     staged = _staged(folder, disk)
-    bundle.model.save_pretrained(staged)
+    model: Any = bundle.model
+    with _no_progress_bars():
+        model.save_pretrained(staged)
     _save_processor(bundle, staged, card, disk)
     replace_folder(staged, folder, disk)
 
@@ -72,7 +75,8 @@ def save_adapter(
         "inference_mode": True,
     }
     disk.write(staged / "adapter_config.json", json.dumps(record, indent=2).encode())
-    bundle.model.config.save_pretrained(staged)
+    model: Any = bundle.model
+    model.config.save_pretrained(staged)
     _save_processor(bundle, staged, card, disk)
     replace_folder(staged, folder, disk)
 
@@ -110,6 +114,19 @@ def _is_transposed(bundle: Bundle, config: Lora) -> bool:
     """Whether the adapted layers keep their weight as [in, out] (transformers' Conv1D)."""
     module = bundle.model.get_submodule(lora_target_names(bundle, config)[0])
     return module.transposed if isinstance(module, LoRALinear) else not isinstance(module, torch.nn.Linear)
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _staged(folder: Path, disk: Disk) -> Path:

@@ -85,6 +85,9 @@ class CachedBase(nn.Module):
                 kept[name] = piece.detach().clone()
             self._store[key] = kept
             self.bytes += sum(piece.numel() * piece.element_size() for piece in kept.values())
+        self._heed_the_limit()
+
+    def _heed_the_limit(self) -> None:
         if self.bytes > self.limit and self._used is not None:
             self.full = True
             self._store.clear()
@@ -101,6 +104,7 @@ class CachedBase(nn.Module):
         }
         pieces = (piece for kept in self._store.values() for piece in kept.values())
         self.bytes = sum(piece.numel() * piece.element_size() for piece in pieces)
+        self._heed_the_limit()
 
     def _rebuild(self, rows: list[dict[str, Tensor]]) -> Any:
         # Fields that no head reads stay as empty ones: models also take their base's output by position.

@@ -262,8 +262,8 @@ def _named(value: Any, names: list[str]) -> Any:
 def _holds_fractions(table: Table, name: str) -> bool:
     """Whether a text column is one of numbers, some of them written as fractions: 3.5 or 3.0."""
     fractions = False
-    for value in table.dataset[name]:
-        text = value.strip()
+    for row in table.dataset:
+        text = row[name].strip()
         if not text:
             continue
         try:

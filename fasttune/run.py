@@ -95,6 +95,7 @@ class _Best:
 
     step: int = 0
     value: float | None = None
+    loss: float = 0.0
     without_gain: int = 0
     seconds: float = 0.0
     pending: bool = False  # the checkpoint's step is due for an evaluation that was stopped
@@ -292,9 +293,10 @@ class _Run:
         )
         value = metrics[self.metric.name]
         sign = 1 if self.metric.best == "max" else -1
-        better = self.best.value is None or sign * value > sign * self.best.value
+        reached = (sign * value, -metrics["loss"])  # of equal metrics the lower loss is the better model
+        better = self.best.value is None or reached > (sign * self.best.value, -self.best.loss)
         if better:
-            self.best = replace(self.best, step=step, value=value, without_gain=0)
+            self.best = replace(self.best, step=step, value=value, loss=metrics["loss"], without_gain=0)
         else:
             self.best.without_gain += 1
         self.best.pending = False

@@ -55,7 +55,10 @@ class TaskConformance:
     perfect_score: ClassVar[float] = 1.0
     """The primary metric's value when every prediction is right."""
     learning_rate: ClassVar[float] = 3e-3
-    steps: ClassVar[int] = 150
+    steps: ClassVar[int] = 400
+    """Steps within which eight rows are learned by heart, at `learning_rate`."""
+    learned: ClassVar[float] = 0.2
+    """Share of the first loss that is left when they are."""
     strategies: ClassVar[Sequence[Any]] = (Full(), Head(), Lora(rank=4, dropout=0.0))
     """Leave Lora out for models without linear layers."""
 
@@ -153,7 +156,7 @@ class TaskConformance:
             loss = subject.loss(bundle.model, self._batch(encoded, indices))
             loss.total.backward()
             gradients = {n: p.grad.clone() for n, p in bundle.model.named_parameters() if p.grad is not None}
-            return float(loss.total), float(loss.count), gradients
+            return float(loss.total.detach()), float(loss.count), gradients
 
         together, short, long = run(order), run(order[:half]), run(order[half:])
         assert together[1] == pytest.approx(short[1] + long[1]), "the counts don't add up"
@@ -211,15 +214,18 @@ class TaskConformance:
         optimizer = torch.optim.AdamW(adapted.trained.values(), lr=self.learning_rate)
         batch = self._batch(encoded, range(8))
         bundle.model.eval()  # no dropout: this is about the loss, not about generalisation
-        losses = []
+        first = None
         for _ in range(self.steps):
             optimizer.zero_grad()
             loss = subject.loss(bundle.model, batch)
             mean = loss.total / loss.count
             mean.backward()
             optimizer.step()
-            losses.append(float(mean.detach()))
-        assert min(losses) < 0.2 * losses[0], f"the loss went from {losses[0]:.3f} to {min(losses):.3f} only"
+            now = float(mean.detach())
+            first = now if first is None else first
+            if now < self.learned * first:
+                return
+        pytest.fail(f"the loss went from {first:.3f} to {now:.3f} only")
 
     def test_perfect_predictions_score_perfectly(self, subject: Task, encoded: Encoded) -> None:
         whole, first, second = subject.meter(), subject.meter(), subject.meter()
@@ -239,7 +245,8 @@ class TaskConformance:
         self, subject: Task, bundle: Bundle, encoded: Encoded, tmp_path: Path
     ) -> None:
         before = self._decode(subject, bundle, encoded, list(range(len(encoded))))
-        bundle.model.save_pretrained(tmp_path / "saved")
+        model: Any = bundle.model
+        model.save_pretrained(tmp_path / "saved")
         if hasattr(bundle.processor, "save_pretrained"):
             bundle.processor.save_pretrained(tmp_path / "saved")
         loaded = build_bundle(subject, Source(tmp_path / "saved"), list(self.labels), _SEED + 1)

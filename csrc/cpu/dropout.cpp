@@ -8,7 +8,7 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
-#include <cstring>
+#include <algorithm>
 #include <string>
 #include <type_traits>
 
@@ -28,8 +28,8 @@ namespace {
 using c10::BFloat16;
 using c10::Half;
 
-constexpr int64_t kPiece = 4096;  // elements
-constexpr int64_t kOvershoot = 128;  // elements; no path draws more at a time
+constexpr int64_t kPiece = 4096;        // elements
+constexpr int64_t kOvershoot = 128;     // elements; no path draws more at a time
 constexpr int64_t kGrain = 8 * kPiece;  // elements a thread takes at least
 
 template <typename T>
@@ -37,7 +37,8 @@ using Arithmetic = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // bits[i / 16] bit i % 16 is set where element first + i is kept; first is a multiple of kPiece,
 // and the last step of a path may write bits past n.
-using DrawFn = void (*)(uint64_t seed, uint64_t first, int64_t n, uint32_t threshold, uint16_t* bits);
+using DrawFn = void (*)(uint64_t seed, uint64_t first, int64_t n, uint32_t threshold,
+                        uint16_t* bits);
 
 void draw_default(uint64_t seed, uint64_t first, int64_t n, uint32_t threshold, uint16_t* bits) {
   for (int64_t group = 0; group * 16 < n; ++group) {
@@ -53,7 +54,8 @@ void draw_default(uint64_t seed, uint64_t first, int64_t n, uint32_t threshold, 
 }
 
 template <typename T, bool kAccumulate>
-void apply_range(const T* x, T* out, const uint16_t* bits, int64_t begin, int64_t end, double scale) {
+void apply_range(const T* x, T* out, const uint16_t* bits, int64_t begin, int64_t end,
+                 double scale) {
   using A = Arithmetic<T>;
   const A factor = static_cast<A>(scale);
   for (int64_t i = begin; i < end; ++i) {
@@ -170,7 +172,8 @@ FASTTUNE_AVX512 inline __m512 load16(const BFloat16* x) {
 }
 FASTTUNE_AVX512 inline void store16(float* out, __m512 v) { _mm512_storeu_ps(out, v); }
 FASTTUNE_AVX512 inline void store16(Half* out, __m512 v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                      _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 // By integers and not by vcvtneps2bf16, which flushes subnormal numbers to zero.
 FASTTUNE_AVX512 inline void store16(BFloat16* out, __m512 v) {
@@ -184,7 +187,8 @@ FASTTUNE_AVX512 inline void store16(BFloat16* out, __m512 v) {
 }
 
 template <typename T, bool kAccumulate>
-FASTTUNE_AVX512 void apply_avx512(const T* x, T* out, const uint16_t* bits, int64_t n, double scale) {
+FASTTUNE_AVX512 void apply_avx512(const T* x, T* out, const uint16_t* bits, int64_t n,
+                                  double scale) {
   int64_t i = 0;
   if constexpr (std::is_same_v<T, double>) {
     const __m512d factor = _mm512_set1_pd(scale);
@@ -304,18 +308,25 @@ void run(const DropoutParams& params) {
 
 void dropout(const DropoutParams& params) {
   switch (params.dtype) {
-    case DType::kFloat64: return run<double>(params);
-    case DType::kFloat32: return run<float>(params);
-    case DType::kFloat16: return run<Half>(params);
-    case DType::kBFloat16: return run<BFloat16>(params);
+    case DType::kFloat64:
+      return run<double>(params);
+    case DType::kFloat32:
+      return run<float>(params);
+    case DType::kFloat16:
+      return run<Half>(params);
+    case DType::kBFloat16:
+      return run<BFloat16>(params);
   }
 }
 
 const char* capability() {
   switch (isa()) {
-    case Isa::kAvx512: return "avx512";
-    case Isa::kAvx2: return "avx2";
-    case Isa::kDefault: break;
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kDefault:
+      break;
   }
   return "default";
 }

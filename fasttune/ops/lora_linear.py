@@ -142,7 +142,9 @@ def _gradients(
     dx, da, db = (x.new_empty(0) for _ in range(3))
     want_x, want_a, want_b = wanted
     if want_b:
-        db = (dy.t() @ low).to(torch.promote_types(lora_b.dtype, torch.float32)).mul_(scale).to(lora_b.dtype)
+        # r x out and turned: with out x r, the GEMM takes up to half as long again.
+        db = (low.t() @ dy).t().to(torch.promote_types(lora_b.dtype, torch.float32))
+        db = (db * scale).to(lora_b.dtype).contiguous()
     if want_x or want_a:
         dlow = dy @ scaled(lora_b, scale, x.dtype)
     if want_a:

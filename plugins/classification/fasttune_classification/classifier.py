@@ -93,7 +93,8 @@ class Classifier(Task):
             return {}
         if self.options.problem == "regression":
             return {TARGET: np.asarray(label, dtype=np.float32)}
-        ids: dict[str, int] = bundle.model.config.label2id
+        config: Any = bundle.model.config
+        ids: dict[str, int] = config.label2id
         if self.options.problem == "single":
             return {TARGET: np.asarray(_class_id(label, ids), dtype=np.int64)}
         hot = np.zeros(len(ids), dtype=np.float32)
@@ -120,7 +121,11 @@ class Classifier(Task):
     def meter(self) -> Meter:
         from fasttune_classification import meters
 
-        kinds = {"single": meters.SingleLabel, "multi": meters.MultiLabel, "regression": meters.Regression}
+        kinds: dict[str, Any] = {
+            "single": meters.SingleLabel,
+            "multi": meters.MultiLabel,
+            "regression": meters.Regression,
+        }
         return kinds[self.options.problem]()
 
     def _loss(self, model: nn.Module, logits: Tensor, batch: dict[str, Tensor]) -> Loss:

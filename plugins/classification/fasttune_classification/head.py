@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -46,6 +47,7 @@ def plan_head(config: PreTrainedConfig, labels: list[str], problem: str) -> Head
 
 def write_head(config: PreTrainedConfig, names: tuple[str, ...], problem: str) -> None:
     """States classes and problem type in the configuration, and in the text part of a composite one."""
+    part: Any
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         part.num_labels = len(names)
         part.id2label = dict(enumerate(names))
@@ -53,6 +55,6 @@ def write_head(config: PreTrainedConfig, names: tuple[str, ...], problem: str) -
         part.problem_type = PROBLEM_TYPES[problem]
 
 
-def _stated(id2label: Mapping[int, str] | None) -> list[str]:
+def _stated(id2label: Mapping[Any, Any] | None) -> list[str]:
     """Class names by id. Hub files have them as anything JSON can hold."""
     return [str(name) for _, name in sorted((id2label or {}).items())]

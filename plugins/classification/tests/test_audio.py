@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from fasttune_classification.audio import AudioClassification
 
 from fasttune.errors import DataError
 from fasttune.task import Source
+from fasttune_classification.audio import AudioClassification
 
 LABELS = ["go", "no", "stop"]
 RATE = 16000

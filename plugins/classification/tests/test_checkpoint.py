@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 import transformers as hf
-from fasttune_classification.audio import AudioClassification
-from fasttune_classification.image import ImageClassification
-from fasttune_classification.text import TextClassification
 from safetensors.torch import load_file, save_file
 
 from fasttune.errors import ModelError
 from fasttune.task import Source
+from fasttune_classification.audio import AudioClassification
+from fasttune_classification.image import ImageClassification
+from fasttune_classification.text import TextClassification
 
 LABELS = ["a", "b", "c"]
 

@@ -1,6 +1,7 @@
 """Columns, aliases and documented options of the three tasks."""
 
 import pytest
+
 from fasttune_classification.audio import AudioClassification
 from fasttune_classification.image import ImageClassification
 from fasttune_classification.text import TextClassification

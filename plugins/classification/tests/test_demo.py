@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-import fasttune_classification.text as text
 import pytest
+
+import fasttune_classification.text as text
 
 
 @pytest.fixture

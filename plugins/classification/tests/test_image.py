@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from fasttune_classification.image import ImageClassification
 from PIL import Image
 
 from fasttune.errors import ModelError
 from fasttune.task import Source
+from fasttune_classification.image import ImageClassification
 
 LABELS = ["cat", "dog", "owl"]
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}

@@ -5,9 +5,10 @@ import warnings
 
 import numpy as np
 import pytest
-from fasttune_classification.meters import MultiLabel, Regression, SingleLabel
 from scipy import stats
 from sklearn import metrics as oracle
+
+from fasttune_classification.meters import MultiLabel, Regression, SingleLabel
 
 
 def feed(meter, pairs):

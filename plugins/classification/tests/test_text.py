@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from fasttune_classification.text import TextClassification
 
 from fasttune.errors import ConfigError, DataError, ModelError
 from fasttune.task import Source
+from fasttune_classification.text import TextClassification
 
 LABELS = ["bad", "fine", "good"]
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
