@@ -129,10 +129,8 @@ class Batches:
         while True:
             plan = self.plan(epoch)[start:]
             costs = self.loader.encoded.costs
-            pieces = [
-                [tight for piece in cut(batch, self.accumulation) for tight in tighten(piece, costs)]
-                for batch in plan
-            ]
+            cuts = [cut(batch, self.accumulation) for batch in plan]
+            pieces = [[tight for piece in batch for tight in tighten(piece, costs)] for batch in cuts]
             loaded = self.loader.along([piece for batch in pieces for piece in batch])
             for index, batch in enumerate(pieces, start=start + 1):
                 following = Position(epoch, index) if index < self.per_epoch else Position(epoch + 1, 0)
@@ -148,8 +146,8 @@ def cut(batch: list[int], pieces: int) -> list[list[int]]:
 
 
 def tighten(batch: list[int], costs: Sequence[int]) -> list[list[int]]:
-    """A micro-batch, costliest sample first, cut in two where that saves most, as long as more than a tenth of it
-    is padding. Sums and counts make the gradient the same, so only the few uneven batches pay for a second pass."""
+    """A micro-batch, costliest sample first, cut in two where that saves most, as long as more than a tenth of
+    it is padding. Sums and counts keep the gradient the same; only a few uneven batches pay for a second pass."""
     size, largest = len(batch), costs[batch[0]]
     if size < 2 * _FEWEST or sum(costs[i] for i in batch) >= (1 - _MOST_PADDING) * largest * size:
         return [batch]

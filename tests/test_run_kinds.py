@@ -145,8 +145,8 @@ def test_equal_inputs_stay_on_one_side(toy_rows: Any, write_jsonl: Any, tmp_path
 
 def test_equal_inputs_with_different_labels_stay_on_one_side(write_jsonl: Any, tmp_path: Path) -> None:
     """Annotators disagree: the same text, in both classes, would be in train and in valid."""
-    rows = [{"text": f"text {i}", "label": label} for i in range(40) for label in ("yes", "no")]
-    rows += [{"text": f"more {i}", "label": "no"} for i in range(25)]
+    rows = [{"text": f"text {i}", "label": label} for i in range(200) for label in ("yes", "no")]
+    rows += [{"text": f"more {i}", "label": "no"} for i in range(250)]
     held_out(write_jsonl(tmp_path / "train.jsonl", rows), 0.3)
 
 

@@ -104,9 +104,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_
     for name, tensor in (("x", x), ("lora_a", lora_a), ("lora_b", lora_b)):
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name}: expected float64, float32, float16 or bfloat16, found {tensor.dtype}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise ValueError(f"{name}: expected x's dtype {x.dtype}, found {tensor.dtype}")
+    for name, frozen in (("weight", weight), ("bias", bias)):
+        if frozen is not None and frozen.dtype != x.dtype:
+            raise ValueError(f"{name}: expected x's dtype {x.dtype}, found {frozen.dtype}")
 
 
 def _forward(
