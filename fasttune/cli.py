@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from fasttune import __version__
-from fasttune.errors import ConfigError, FasttuneError, Stopped
+from fasttune.errors import BadRows, ConfigError, FasttuneError, Stopped
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -124,7 +124,11 @@ def check(remote_code: str | None, as_json: bool, **arguments: Any) -> None:
     config = _config(**arguments)
     from fasttune.check import check as check_run
 
-    found = check_run(config, remote_code)
+    try:
+        found = check_run(config, remote_code)
+    except BadRows as error:  # here all of them are listed, not the first few
+        click.echo(json.dumps([vars(row) for row in error.rows]) if as_json else "\n".join(map(str, error.rows)))
+        raise
     click.echo(json.dumps(found, indent=2) if as_json else "\n".join(_lines(found)))
 
 

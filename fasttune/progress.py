@@ -21,7 +21,7 @@ class Progress:
         self.quiet, self.unit = quiet, "tokens"
         self.live = not quiet and sys.stderr.isatty()
         self._recent: deque[StepRecord] = deque(maxlen=_WINDOW)
-        self._said = 0.0
+        self._said = time.monotonic()
         self._status: Any = None
 
     def note(self, text: str) -> None:

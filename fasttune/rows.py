@@ -7,12 +7,13 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fasttune.errors import BadRow, DataError, nearest
-from fasttune.media import Limits, open_audio, open_image
+from fasttune.media import Limits, locate, open_audio, open_image
 from fasttune.readers import Table
 from fasttune.task import Column
 
@@ -196,11 +197,24 @@ class Rows:
             yield from self.table.dataset.select(self.indices)
 
     def key(self, raw: Mapping[str, Any]) -> bytes:
-        """A hash of what the model sees of a row: its inputs, without its targets."""
-        inputs = [
-            raw.get(self.mapping[c.role]) for c in self.columns if c.role in self.mapping and not c.supervises
-        ]
-        return hashlib.blake2b(repr(inputs).encode(), digest_size=16).digest()
+        """A hash of what the model sees of a row: its inputs, the bytes of its files, without its targets."""
+        digest = hashlib.blake2b(digest_size=16)
+        for column in self.columns:
+            if column.supervises or column.role not in self.mapping:
+                continue
+            value = raw.get(self.mapping[column.role])
+            if column.kind in _MEDIA:
+                value = self._bytes(column, value)
+            digest.update(repr(value).encode())
+        return digest.digest()
+
+    def _bytes(self, column: Column, value: Any) -> Any:
+        """What a media column's file holds; the value itself if there is no such file."""
+        try:
+            source = locate(value, column.role, self.table.root)
+        except DataError:  # `read` names the fault
+            return value
+        return source.read_bytes() if isinstance(source, Path) else source.getvalue()
 
     def _open(self, column: Column, value: Any) -> Any:
         opener = open_image if column.kind == "image" else open_audio

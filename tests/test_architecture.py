@@ -74,7 +74,7 @@ def modules_of_fasttune(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def sources(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*.py") if "build" not in path.parts)
+    return sorted(path for path in folder.rglob("*.py") if "build" not in path.relative_to(folder).parts)
 
 
 def own_module(path: Path) -> str:

@@ -1,0 +1,1 @@
+"""sentence-parity: tags each word of a sentence as even or odd by its length."""
