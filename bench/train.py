@@ -2,8 +2,7 @@
 
 python bench/train.py --train train.jsonl --valid valid.jsonl --steps 500 --seeds 1,2,3 --tune-trainer --check
 
-Both fine-tune the same model on the same rows with the same settings, in turn, each in a process of its own; one
-function then scores what each has saved. bench/README.md says what the numbers mean.
+The same model, rows and settings, in turn, each in a process of its own. bench/README.md says what it all means.
 """
 
 from __future__ import annotations
@@ -197,7 +196,6 @@ def score(spec: Namespace, saved: Path) -> dict[str, Any]:
 def contend(spec: Namespace) -> None:
     """The child process: trains, takes the figures, only then scores, and writes the result."""
     steps, saved, peak = train_fasttune(spec) if spec.contender == "fasttune" else train_trainer(spec)
-    process_s = time.time() - spec.started
     sums = {key: sum(step[key] for step in steps[WARM_UP:]) for key in ("rows", "tokens", "padded", "seconds")}
     result = {
         "rows_per_s": sums["rows"] / sums["seconds"],
@@ -206,7 +204,7 @@ def contend(spec: Namespace) -> None:
         "peak_mb": peak / 1e6,
         "train_loss": fmean(step["loss"] for step in steps[-LAST:]),
         "train_s": sum(step["seconds"] for step in steps),
-        "process_s": process_s,
+        "process_s": time.time() - spec.started,
         **score(spec, saved),
     }
     Path(spec.folder, "result.json").write_text(json.dumps(result), encoding="utf-8")

@@ -11,7 +11,8 @@ import socket
 from pathlib import Path
 from typing import IO, Any
 
-from fasttune.errors import OutputError
+from fasttune.config import RunConfig, load
+from fasttune.errors import CheckpointError, OutputError
 
 _LOCK = ".lock"
 
@@ -80,6 +81,21 @@ class RunFolder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def must_hold(self, config: RunConfig) -> None:
+        """Raises CheckpointError if the folder holds a run with other settings, data or plugin, naming them."""
+        if not self.config.exists():
+            return
+        before, now = (one.model_dump(mode="json") for one in (load(self.config), config))
+        for record in (before, now):
+            del record["output"]
+            record["provenance"].pop("versions", None)
+        changed = sorted(_differences(before, now))
+        if changed:
+            raise CheckpointError(
+                f"{self.path}: --resume goes on with the same run, but this differs: {', '.join(changed)}; "
+                "choose another --output to start a new one"
+            )
+
     def need_space(self, bytes_needed: int) -> None:
         """Raises OutputError if the disk has less room than the run is going to write."""
         free = shutil.disk_usage(self.path).free
@@ -117,3 +133,12 @@ def write_text(path: Path, text: str) -> None:
     staged = path.with_name(f".staging-{path.name}")
     staged.write_text(text, encoding="utf-8")
     staged.replace(path)
+
+
+def _differences(before: Any, now: Any, path: str = "") -> list[str]:
+    """Keys whose values differ, as "section.key"."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return [] if before == now else [path]
+    keys = before.keys() | now.keys()
+    inner = ((before.get(key), now.get(key), f"{path}.{key}" if path else str(key)) for key in keys)
+    return [found for one in inner for found in _differences(*one)]

@@ -19,8 +19,8 @@ import torch
 
 from fasttune import config as configs
 from fasttune.adapt import DTYPES, Adapted, adapt, native_precision
-from fasttune.batching import Batches, Loader, MicroBatch, Position
-from fasttune.checkpoint import Checkpoints, Disk, State
+from fasttune.batching import Batches, Loader, MicroBatch, Position, plan_in_order_of_cost, to_device
+from fasttune.checkpoint import Checkpoints, Disk, State, verify
 from fasttune.config import Head, Lora, RunConfig
 from fasttune.errors import CheckpointError, ConfigError, Stopped
 from fasttune.evaluate import evaluate
@@ -121,6 +121,8 @@ class _Run:
         self.checkpoints = Checkpoints(folder.checkpoints, config.save.keep, disk)
         self.adapted, self.cached = self._adapt()
         self.batches, self.valid = self._loaders()
+        if self.cached is not None:
+            self._fill_cache(self.cached)
         self.steps = config.train.steps or math.ceil(config.train.epochs * self.batches.per_epoch)
         self.optimizer = Optimizer(self.adapted, config.train, self.steps)
         self.progress.unit = UNITS[media_kind(prepared.task.columns)]
@@ -154,6 +156,31 @@ class _Run:
         batches = Batches(loader, train.batch, train.accumulation, train.seed)
         return batches, Loader(self.prepared.valid, padding, workers)
 
+    def _fill_cache(self, cached: CachedBase) -> None:
+        """Runs the frozen base once over all samples, in batches that depend on the data alone: a resumed run
+        gets the same features to the bit."""
+        module = LossModule(self.prepared.bundle.model, self.prepared.task.loss)
+        self.adapted.train_mode()
+        for split, loader in (("train", self.batches.loader), ("valid", self.valid)):
+            plan = plan_in_order_of_cost(loader.encoded.costs, self.config.eval.batch or 1)
+            if split == "train":  # one backward pass shows which outputs the head reads
+                micro = loader.load(plan[-1])
+                self._expect(split, micro)
+                with torch.random.fork_rng(devices=[]):
+                    module(to_device(micro.tensors, self.device)).total.backward()
+                module.zero_grad(set_to_none=True)
+            for done, micro in enumerate(loader.along(plan)):
+                self.signals.poll("computing features")
+                self.progress.preparing(f"features of {split}", done * len(plan[0]), len(loader.encoded))
+                self._expect(split, micro)
+                if cached.full:
+                    limit = self.config.strategy.cache_gb  # type: ignore[union-attr]
+                    self.progress.note(f"features need more than strategy.cache_gb {limit:g} GB: not cached")
+                    return
+                with torch.no_grad():
+                    module(to_device(micro.tensors, self.device))
+        self.progress.note(f"features of the frozen base: computed once, {cached.bytes / 1e6:,.1f} MB kept")
+
     def _check_space(self) -> None:
         trained = sum(master.numel() * master.element_size() for master in self.adapted.masters.values())
         model = (
@@ -174,7 +201,7 @@ class _Run:
 
     def _resume(self) -> tuple[int, Position]:
         """Puts everything back as it was after the newest checkpoint that verifies."""
-        self._must_be_the_same_run()
+        self.folder.must_hold(self.config)
         step, faults = self.checkpoints.newest()
         for fault in faults:
             self.progress.note(f"checkpoint unusable: {fault}")
@@ -196,21 +223,6 @@ class _Run:
         if self.best.pending:
             self._evaluate(step)
         return step, state.position
-
-    def _must_be_the_same_run(self) -> None:
-        if not self.folder.config.exists():
-            return
-        before = configs.load(self.folder.config).model_dump(mode="json")
-        now = self.config.model_dump(mode="json")
-        for record in (before, now):
-            record.pop("output")
-            record["provenance"].pop("versions", None)
-        changed = sorted(_differences(before, now))
-        if changed:
-            raise CheckpointError(
-                f"{self.folder.path}: --resume goes on with the same run, but this differs: {', '.join(changed)}; "
-                "choose another --output to start a new one"
-            )
 
     def _train(self, start: int, position: Position) -> None:
         module = LossModule(self.prepared.bundle.model, self.prepared.task.loss)
@@ -318,6 +330,10 @@ class _Run:
         """Writes best/ and last/ from their checkpoints, and evaluates best/ as whoever opens it will find it."""
         last = self.checkpoints.steps()[-1]
         best = self.best.step or last
+        fault = verify(self.checkpoints.path(best))
+        if fault and best != last:
+            self.progress.note(f"checkpoint unusable: {self.checkpoints.path(best)}: {fault}; best/ is as last/")
+            best = last
         self.adapted = self.cached = None  # type: ignore[assignment]
         unit, trained_in = self.progress.unit, peak_memory(self.device)
         self._export(best, self.folder.best)
@@ -368,14 +384,3 @@ class _Run:
         else:
             install(bundle, state.masters, state.buffers)
             save_model(bundle, folder, card, self.disk)
-
-
-def _differences(before: Any, now: Any, path: str = "") -> list[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = before.keys() | now.keys()
-        return [
-            found
-            for key in keys
-            for found in _differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
-        ]
-    return [] if before == now else [path]

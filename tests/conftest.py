@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Iterable, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="fasttune-tests-")  # not the user's own
 
 import pytest
 import torch
@@ -30,6 +33,10 @@ class Files(NamedTuple):
 
     train: str
     valid: str
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -142,3 +149,58 @@ def write_jsonl_fixture() -> Any:
 def toy_files(tmp_path_factory: pytest.TempPathFactory, toy_rows: dict[str, list[dict[str, str]]]) -> Files:
     folder = tmp_path_factory.mktemp("toy")
     return Files(*(write_jsonl(folder / f"{split}.jsonl", toy_rows[split]) for split in ("train", "valid")))
+
+
+def invoke(*arguments: str) -> Any:
+    """The command line, in this process."""
+    from click.testing import CliRunner
+
+    from fasttune.cli import main
+
+    return CliRunner().invoke(main, list(arguments))
+
+
+@pytest.fixture
+def refused(tmp_path: Path) -> Callable[..., str]:
+    """refused(*arguments, say=[...]) -> the message of a command that must exit with 2 and leave no run folder."""
+
+    def check(*arguments: str, say: tuple[str, ...]) -> str:
+        output = tmp_path / "runs" / "run"
+        result = invoke(*arguments, "--output", str(output))
+        assert result.exit_code == 2, (result.output, result.exception)
+        assert isinstance(result.exception, SystemExit)
+        assert "Traceback" not in result.output
+        for part in say:
+            assert part in result.stderr
+        assert not output.exists()
+        return result.stderr
+
+    return check
+
+
+@pytest.fixture
+def text(tiny_bert: Path, toy_files: Any) -> Callable[..., list[str]]:
+    """text(train=, valid=, *settings) -> a command line for text-classification."""
+
+    def arguments(*settings: str, train: Any = None, valid: Any = None, command: str = "run") -> list[str]:
+        data = ["--data", str(train or toy_files.train), "--valid", str(valid or toy_files.valid)]
+        sets = [part for setting in settings for part in ("--set", setting)]
+        return [command, "text-classification", "--model", str(tiny_bert), *data, *sets]
+
+    return arguments
+
+
+def write_file(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+@pytest.fixture(name="invoke")
+def invoke_fixture() -> Any:
+    return invoke
+
+
+@pytest.fixture
+def write() -> Callable[[Path, str | bytes], Path]:
+    return write_file

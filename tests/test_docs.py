@@ -28,7 +28,9 @@ def desk(tmp_path, monkeypatch, tiny_bert):
         writer = csv.writer(file)
         writer.writerow(["review", "sentiment"])
         for i in range(60):
-            writer.writerow([f"{'good fine' if i % 2 else 'bad poor'} thing number {i}", "pos" if i % 2 else "neg"])
+            writer.writerow(
+                [f"{'good fine' if i % 2 else 'bad poor'} thing number {i}", "pos" if i % 2 else "neg"]
+            )
     return tmp_path
 
 

@@ -1,4 +1,4 @@
-"""Plugins from outside: real packages, installed into a throw-away folder and used through the real command line."""
+"""Plugins from outside: real packages, installed into a throw-away folder and used by the command line."""
 
 from __future__ import annotations
 
@@ -56,9 +56,7 @@ class Shell:
 
     def python(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, *arguments]
-        return subprocess.run(
-            command, cwd=self.folder, env=self.env, capture_output=True, text=True, check=False
-        )
+        return subprocess.run(command, cwd=self.folder, env=self.env, capture_output=True, text=True, check=False)
 
     def fasttune(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         script = Path(sys.executable).with_name("fasttune")
@@ -160,7 +158,7 @@ def test_every_strategy_and_command_serves_it(shell: Shell, parity: Path) -> Non
     """In one process, since each start costs seconds."""
     commands = []
     for strategy in ("head", "lora"):
-        run = run_arguments(parity)[:-1] + [strategy, "--strategy", strategy, "--quiet", *SETTINGS]
+        run = [*run_arguments(parity)[:-1], strategy, "--strategy", strategy, "--quiet", *SETTINGS]
         commands += [run, ["evaluate", strategy, "--data", str(parity / "valid.jsonl"), "--json"]]
         commands += [["predict", strategy, "--input", "x xx xxx"], ["export", strategy, "--to", f"{strategy}-out"]]
     commands.append(["check", *run_arguments(parity)[1:], "--json"])
@@ -182,7 +180,9 @@ def test_bad_rows_of_its_own_are_named(shell: Shell, parity: Path) -> None:
     rows = [json.dumps({"sentence": "one two", "tags": ["odd"]}), json.dumps({"sentence": "", "tags": []})]
     (shell.folder / "bad.jsonl").write_text("\n".join([(parity / "valid.jsonl").read_text().strip(), *rows]))
     done = shell.fasttune(*run_arguments(parity), "--valid", "bad.jsonl")
-    assert_refused(done, "bad.jsonl, row 31, column 'tags': expected a list of 2 tags", "row 32, column 'sentence'")
+    assert_refused(
+        done, "bad.jsonl, row 31, column 'tags': expected a list of 2 tags", "row 32, column 'sentence'"
+    )
     assert not (shell.folder / "run").exists()
 
 

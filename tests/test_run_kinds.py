@@ -1,4 +1,4 @@
-"""What a run promises whatever it learns: exact accumulation, equal runs, fixed hold-out; other kinds of answers."""
+"""What every run promises: exact accumulation, equal runs, fixed hold-out; and other kinds of answers."""
 
 from __future__ import annotations
 
@@ -121,9 +121,7 @@ def held_out(train: str, share: float, seed: int = 17) -> tuple[list[str], Count
     return sorted(row["text"] for row in rows), Counter(row["label"] for row in rows), len(tables.train)
 
 
-def test_held_out_rows_are_stratified_and_always_the_same(
-    toy_rows: Any, write_jsonl: Any, tmp_path: Path
-) -> None:
+def test_held_out_rows_are_stratified_and_always_the_same(toy_rows: Any, write_jsonl: Any, tmp_path: Path) -> None:
     rows = toy_rows["train"]
     first, classes, kept = held_out(write_jsonl(tmp_path / "a.jsonl", rows), 0.25)
     assert set(classes.values()) == {4}

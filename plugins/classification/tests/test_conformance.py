@@ -6,8 +6,7 @@ import soundfile
 import transformers as hf
 from PIL import Image
 
-from fasttune.config import Full, Head
-from fasttune.testing import TaskConformance
+from fasttune.testing import Full, Head, TaskConformance
 from fasttune_classification.audio import AudioClassification
 from fasttune_classification.image import ImageClassification
 from fasttune_classification.text import TextClassification

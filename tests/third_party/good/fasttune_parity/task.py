@@ -94,9 +94,7 @@ class SentenceParity(Task):
     def decode(self, model: nn.Module, batch: dict[str, Tensor], bundle: Bundle) -> list[list[str]]:
         best = model(batch["lengths"]).argmax(-1)
         words = (batch["lengths"] > 0).sum(dim=1).tolist()
-        return [
-            [TAGS[i] for i in row[:count]] for row, count in zip(best.tolist(), words, strict=True)
-        ]
+        return [[TAGS[i] for i in row[:count]] for row, count in zip(best.tolist(), words, strict=True)]
 
     def meter(self) -> Accuracy:
         return Accuracy()

@@ -1,0 +1,241 @@
+"""Tables of every format come out as the same rows; what people write in them stays as it is."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fasttune.errors import DataError
+from fasttune.readers import Table, read
+
+ROWS: list[dict[str, Any]] = [
+    {"text": "plain", "label": "a"},
+    {"text": 'with "quotes", commas\nand a second line', "label": "b"},
+    {"text": "Äpfel, 梨, 🍐", "label": "a"},
+    {"text": " spaces ", "label": "NA"},
+]
+
+
+def as_delimited(path: Path, delimiter: str) -> None:
+    import csv
+
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["text", "label"], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(ROWS)
+
+
+def as_arrow_stream(path: Path) -> None:
+    import pyarrow as pa
+
+    table = pa.Table.from_pylist(ROWS)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def as_arrow_file(path: Path) -> None:
+    import pyarrow as pa
+
+    table = pa.Table.from_pylist(ROWS)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def as_parquet(path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(ROWS), path)
+
+
+def as_saved_dataset(path: Path) -> None:
+    from datasets import Dataset
+
+    Dataset.from_list(ROWS).save_to_disk(str(path))
+
+
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "rows.csv": lambda path: as_delimited(path, ","),
+    "rows.tsv": lambda path: as_delimited(path, "\t"),
+    "ROWS.CSV": lambda path: as_delimited(path, ","),
+    "rows.jsonl": lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in ROWS)),
+    "rows.ndjson": lambda path: path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)),
+    "rows.json": lambda path: path.write_text(json.dumps(ROWS, indent=2)),
+    "lines.json": lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in ROWS)),
+    "rows.parquet": as_parquet,
+    "stream.arrow": as_arrow_stream,
+    "file.arrow": as_arrow_file,
+    "saved": as_saved_dataset,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    WRITERS[name](path)
+    table = read(str(path))
+    assert table.name == str(path)
+    assert table.columns == ["text", "label"]
+    assert list(table.dataset) == ROWS
+    assert table.text_only == (path.suffix.lower() in (".csv", ".tsv"))
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.json"])
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    WRITERS[name](path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    table = read(str(path))
+    assert table.columns == ["text", "label"]
+    assert list(table.dataset) == ROWS
+
+
+def test_windows_line_ends_and_blank_lines_in_csv(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b'text,label\r\none,a\r\n\r\n"two\r\nlines",b\r\n\r\n')
+    rows = list(read(str(path)).dataset)
+    assert [row["label"] for row in rows] == ["a", "b"]
+    assert rows[1]["text"].split() == ["two", "lines"]
+
+
+@pytest.mark.parametrize(
+    "value", ["NA", "null", "None", "nan", "N/A", "", "007", "1e5", "3.0", "True", " padded ", "-", "1,5", '"']
+)
+def test_csv_values_stay_text(tmp_path: Path, value: str) -> None:
+    import csv
+
+    path = tmp_path / "rows.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["text", "label"], ["x", value], ["y", "z"]])
+    assert read(str(path)).dataset[0]["label"] == value
+
+
+def test_a_field_as_long_as_a_book(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    book = "word " * 100_000
+    path.write_text(f"text,label\n{book},a\nshort,b\n")
+    assert read(str(path)).dataset[0]["text"] == book
+
+
+def test_jsonl_with_columns_that_come_and_go(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n{"b": "x"}\n{"a": 2, "b": "y", "c": [1, 2]}\n')
+    table = read(str(path))
+    assert set(table.columns) == {"a", "b", "c"}
+    assert table.dataset[0]["a"] == 1
+    assert table.dataset[0]["b"] is None
+    assert table.dataset[2]["c"] == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_columns_of_mixed_types_are_readable_and_left_to_the_task(tmp_path: Path, name: str) -> None:
+    rows = [{"text": "a", "label": 1}, {"text": 2, "label": "b"}, {"text": ["c"], "label": None}]
+    path = tmp_path / name
+    path.write_text(json.dumps(rows) if name == "rows.json" else "".join(json.dumps(row) + "\n" for row in rows))
+    table = read(str(path))
+    assert table.columns == ["text", "label"]
+    assert [table.dataset[i] for i in range(3)] == rows
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_a_file_that_changed_is_read_anew(tmp_path: Path, suffix: str) -> None:
+    """Even with its old time and length, as after `rsync -t`, `cp -p` or unpacking an archive."""
+    path = tmp_path / f"rows.{suffix}"
+    for word in ("old", "new"):
+        path.write_text(f"text,label\n{word},a\n" if suffix == "csv" else f'{{"text": "{word}"}}\n')
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+        assert read(str(path)).dataset[0]["text"] == word
+
+
+def test_ints_and_floats_may_share_a_column(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"score": 1}\n{"score": 2.5}\n{"score": null}\n')
+    assert [row["score"] for row in read(str(path)).dataset] == [1, 2.5, None]
+
+
+@pytest.mark.parametrize("count", [1, 25])
+def test_all_ragged_lines_are_named(tmp_path: Path, count: int) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "one\n" * count)
+    with pytest.raises(DataError) as refused:
+        read(str(path))
+    lines = str(refused.value).splitlines()
+    assert lines[0].startswith(f"{path}, line 2: expected 2 fields as in the header, found 1")
+    assert len(lines) == min(count, 21)
+    assert lines[-1] == "… and 5 more" or count == 1
+
+
+def test_a_line_number_counts_lines_inside_quotes(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('text,label\n"two\nlines",a\nragged\n')
+    with pytest.raises(DataError, match=r"rows\.csv, line 4: "):
+        read(str(path))
+
+
+def test_a_home_folder_and_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.csv").write_text("text\na\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for spec in ("~/rows.csv", "rows.csv", "./rows.csv"):
+        assert len(read(spec).dataset) == 1
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Class folders with image files, one of them deeper; what lies in hidden ones is no data."""
+    for name in ("cat/1.png", "cat/deep/2.JPG", "dog/3.webp", ".hidden/4.png", "dog/.hidden.png"):
+        path = tmp_path / "pictures" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"bytes")
+    return tmp_path / "pictures"
+
+
+def pairs(table: Table) -> set[tuple[str, str]]:
+    return {(row["image"], row["label"]) for row in table.dataset}
+
+
+def test_a_folder_a_class(folder: Path) -> None:
+    table = read(str(folder), "image")
+    assert pairs(table) == {("cat/1.png", "cat"), ("cat/deep/2.JPG", "cat"), ("dog/3.webp", "dog")}
+    assert table.root == folder
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_a_folder_with_a_table_of_its_files(folder: Path, name: str) -> None:
+    rows = [{"file_name": "cat/1.png", "label": "x"}, {"file_name": "dog/3.webp", "label": "y"}]
+    lines = ["file_name,label", "cat/1.png,x", "dog/3.webp,y"] if name.endswith("csv") else map(json.dumps, rows)
+    (folder / name).write_text("\n".join(lines) + "\n")
+    table = read(str(folder), "image")
+    assert list(table.dataset) == rows
+    assert table.root == folder
+    assert table.name == str(folder / name)
+
+
+def test_a_folder_without_classes(tmp_path: Path) -> None:
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "1.png").write_bytes(b"bytes")
+    with pytest.raises(DataError, match="expected a folder a class with image files"):
+        read(str(tmp_path / "flat"), "image")
+
+
+def test_a_saved_dataset_dict_says_which_splits_it_holds(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    whole = DatasetDict({split: Dataset.from_list(ROWS) for split in ("train", "test")})
+    whole.save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(DataError, match=r"train.*test|test.*train"):
+        read(str(tmp_path / "saved"))
+    assert len(read(str(tmp_path / "saved" / "train")).dataset) == len(ROWS)
+
+
+def test_a_damaged_saved_dataset(tmp_path: Path) -> None:
+    as_saved_dataset(tmp_path / "saved")
+    arrow = next((tmp_path / "saved").glob("*.arrow"))
+    arrow.write_bytes(arrow.read_bytes()[:50])
+    with pytest.raises(DataError, match="saved: can't be read"):
+        read(str(tmp_path / "saved"))
