@@ -43,7 +43,7 @@ def check(config: RunConfig, remote_code: str | None = None) -> dict[str, Any]:
     trained = sum(parameter.numel() for parameter in adapted.trained.values())
     return {
         "task": f"{config.task} ({prepared.plugin.distribution} {prepared.plugin.version})",
-        "rows": f"{len(prepared.train.rows):,} train, {len(prepared.valid.rows):,} valid",
+        "rows": f"{prepared.train.usable_rows:,} train, {prepared.valid.usable_rows:,} valid",
         "notes": [*prepared.notes, f"attention: {adapted.attention}"],
         "classes": [f"{name}: {count:,} rows" for name, count in sorted(prepared.classes.items())],
         "bad rows left out": [str(row) for row in prepared.skipped],

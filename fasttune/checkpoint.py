@@ -109,9 +109,9 @@ class Checkpoints:
             ) from error
 
     def _write(self, target: Path, state: State, tensors: dict[str, dict[str, Tensor]]) -> None:
+        for left in self.folder.glob(f"{_STAGING}*"):  # by a run that was killed while writing
+            self.disk.remove(left)
         staging = self.folder / f"{_STAGING}{target.name}"
-        if staging.exists():
-            self.disk.remove(staging)
         self.disk.make_folder(staging)
         for name, group in tensors.items():
             self.disk.write_tensors(staging / f"{name}.safetensors", group)
@@ -196,6 +196,9 @@ def verify(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None if every file is what its manifest says."""
     try:
         expected = json.loads((folder / _MANIFEST).read_text())
+        unlisted = {path.name for path in folder.iterdir()} - {*expected, _MANIFEST}
+        if unlisted or not expected:
+            return f"{_MANIFEST} does not list {', '.join(sorted(unlisted)) or 'any file'}"
         for name, entry in expected.items():
             path = folder / name
             if not path.is_file():

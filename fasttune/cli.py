@@ -76,9 +76,7 @@ def _config(target: str, overrides: tuple[str, ...], **named: str | None) -> Any
         "strategy": "strategy.kind",
         "output": "output",
     }
-    given = [
-        f"{keys[name]}={json.dumps(value) if name != 'valid' else value}" for name, value in named.items() if value
-    ]
+    given = [f"{keys[name]}={_yaml_text(value)}" for name, value in named.items() if value]
     if target.endswith((".yaml", ".yml")):
         return config.load(target, [*given, *overrides])
     if Path(target).is_file():

@@ -7,7 +7,7 @@ that depends on the strategy or the machine. Every error names the key, its line
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -216,6 +216,7 @@ class RunConfig(Section):
     """Written into the resolved file: package versions, the plugin, the data's fingerprint."""
 
 
+_KINDS = ("strategy", "optimizer", "schedule")
 _DEFAULT_LR = {"full": 5e-5, "head": 1e-3, "lora": 5e-4}
 
 
@@ -246,7 +247,11 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):  # the base class words that error
+                break
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key!r} is given twice", key_node.start_mark
@@ -321,7 +326,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     section = values
     for part in parts[:-1]:
         inner = section.setdefault(part, {})
-        if isinstance(inner, str):  # `strategy: lora` in the file and `--set strategy.rank=8`
+        if isinstance(inner, str) and part in _KINDS:  # `strategy: lora` and `--set strategy.rank=8`
             inner = section[part] = {"kind": inner}
         if not isinstance(inner, dict):
             raise ConfigError(f"--set {override!r}: {part} is a single value and has no keys")
@@ -336,7 +341,7 @@ def _explain(error: ValidationError, model: type[BaseModel], values: Any, where:
         line = _line_of(node, path)
         at = f"{where}, line {line}" if line else where
         key = ".".join(map(str, path))
-        lines.append(f"{at}: {key + ': ' if key else ''}{_reason(problem, model, values, path)}")
+        lines.append(f"{at}: {key + ': ' if key else ''}{_reason(problem, model, path)}")
     return "\n".join(dict.fromkeys(lines))
 
 
@@ -367,11 +372,11 @@ def _line_of(node: Any, path: Sequence[Any]) -> int | None:
     return line
 
 
-def _reason(problem: Any, model: type[BaseModel], values: Any, path: Sequence[Any]) -> str:
+def _reason(problem: Any, model: type[BaseModel], path: Sequence[Any]) -> str:
     found = problem.get("input")
     match problem["type"]:
         case "extra_forbidden":
-            known = _keys_at(model, values, path[:-1])
+            known = _keys_at(model, problem["loc"][:-1])
             return f"unknown key.{nearest(str(path[-1]), known)} Known here: {', '.join(known)}"
         case "missing":
             return "is missing"
@@ -394,19 +399,15 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for argument in get_args(annotation) for model in _models_in(argument)]
 
 
-def _keys_at(model: type[BaseModel], values: Any, path: Sequence[Any]) -> list[str]:
-    """The keys that are known at a place of the file; of alternatives, those of the `kind` that is chosen."""
+def _keys_at(model: type[BaseModel], loc: Sequence[Any]) -> list[str]:
+    """The keys that are known at a place. loc: pydantic's, which names the chosen one of several alternatives."""
     models: list[type[BaseModel]] = [model]
-    for part in path:
-        values = values[part]
-        kind = values.get("kind") if isinstance(values, Mapping) else None
+    for part in loc:
         fields = [candidate.model_fields[part] for candidate in models if part in candidate.model_fields]
-        models = [
-            inner
-            for field in fields
-            for inner in _models_in(Union[field.annotation, None])  # noqa: UP007
-            if kind is None or "kind" not in inner.model_fields or inner.model_fields["kind"].default == kind
-        ]
+        if fields:
+            models = [inner for field in fields for inner in _models_in(Union[field.annotation, None])]  # noqa: UP007
+        else:
+            models = [candidate for candidate in models if candidate.model_fields["kind"].default == part]
     return sorted({key for candidate in models for key in candidate.model_fields} - {"provenance"})
 
 

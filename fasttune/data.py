@@ -94,9 +94,10 @@ def hold_out(checked: Checked, share: float) -> tuple[np.ndarray, np.ndarray]:
         strata.setdefault(stratum, []).append((checked.keys[position], position))
     train: list[int] = []
     valid: list[int] = []
-    for members in strata.values():
+    quotas = _quotas({name: len(members) for name, members in strata.items()}, share)
+    for name, members in strata.items():
         members.sort()
-        cut = min(round(share * len(members)), len(members) - 1)
+        cut = quotas[name]
         while 0 < cut < len(members) and members[cut - 1][0] == members[cut][0]:
             cut -= 1
         valid += [position for _, position in members[:cut]]
@@ -106,6 +107,17 @@ def hold_out(checked: Checked, share: float) -> tuple[np.ndarray, np.ndarray]:
             None, f"data.valid: a share of {share:g} of {len(checked.good)} rows leaves nothing to validate on"
         )
     return np.sort(train), np.sort(valid)
+
+
+def _quotas(sizes: Mapping[str, int], share: float) -> dict[str, int]:
+    """Rows to hold out of each class: its share rounded down, the rest to the largest remainders, so that the sum
+    is the share of all rows, at least one. No class gives its last row away."""
+    quotas = {name: min(int(share * size), size - 1) for name, size in sizes.items()}
+    missing = max(1, round(share * sum(sizes.values()))) - sum(quotas.values())
+    by_remainder = sorted(sizes, key=lambda name: (int(share * sizes[name]) - share * sizes[name], name))
+    for name in [name for name in by_remainder if quotas[name] < sizes[name] - 1][: max(0, missing)]:
+        quotas[name] += 1
+    return quotas
 
 
 class Encoded:
@@ -145,6 +157,10 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.owner)
+
+    @property
+    def usable_rows(self) -> int:
+        return len(self.rows) - len(self.bad)
 
     def __getitem__(self, index: int) -> Sample:
         if self.keep:

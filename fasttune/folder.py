@@ -108,8 +108,11 @@ class RunFolder:
     def append(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        with self.steps.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite) + "\n")
+        try:
+            with self.steps.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(finite) + "\n")
+        except OSError as error:
+            raise OutputError(f"{self.steps}: can't be written: {error.strerror}; --resume goes on") from error
 
     def forget_after(self, step: int) -> None:
         """Drops lines of metrics.jsonl that a resumed run is going to write again."""
@@ -123,16 +126,17 @@ class RunFolder:
                 continue
             if record["step"] <= step:
                 kept.append(line + "\n")
-        staged = self.steps.with_suffix(".staging")
-        staged.write_text("".join(kept), encoding="utf-8")
-        staged.replace(self.steps)
+        write_text(self.steps, "".join(kept))
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file in one step: whole, or as it was."""
     staged = path.with_name(f".staging-{path.name}")
-    staged.write_text(text, encoding="utf-8")
-    staged.replace(path)
+    try:
+        staged.write_text(text, encoding="utf-8")
+        staged.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: can't be written: {error.strerror}") from error
 
 
 def _differences(before: Any, now: Any, path: str = "") -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au"})
+_UNKNOWN_WAV_SIZE = 0x7FFFFFFF  # and above: what programs write that stream and can't go back
 MEDIA_SUFFIXES = {"image": IMAGE_SUFFIXES, "audio": AUDIO_SUFFIXES}
 
 
@@ -47,7 +50,7 @@ def locate(value: Any, column: str, root: Path | None) -> Path | io.BytesIO:
         if value.get("bytes") is not None:
             return io.BytesIO(value["bytes"])
         value = value.get("path")
-    if not isinstance(value, (str, Path)) or not str(value):
+    if not isinstance(value, (str, Path)) or not str(value) or "\0" in str(value):
         raise DataError(column, f"expected a path, found {value!r}")
     path = Path(value) if root is None else root / value
     if root is not None and not path.resolve().is_relative_to(root.resolve()):
@@ -69,25 +72,31 @@ def open_image(value: Any, column: str, root: Path | None, limits: Limits) -> Im
     source = locate(value, column, root)
     named = f"the file {source.name!r}" if isinstance(source, Path) else "the image"
     try:
-        with warnings.catch_warnings():
-            # Pillow only warns up to twice its own limit; ours is checked before any pixel is decoded.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(source) as image:
-                width, height = image.size
-                if width * height > limits.max_pixels:
-                    raise DataError(
-                        column,
-                        f"{named} has {width} x {height} pixels, more than data.max_pixels {limits.max_pixels}",
-                    )
-                image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
+        with _pillows_limit_off(), warnings.catch_warnings(), Image.open(source) as image:
+            warnings.simplefilter("ignore", UserWarning)  # broken metadata around pixels that are whole
+            width, height = image.size
+            if width * height > limits.max_pixels:  # before any pixel is decoded
+                limit = f"more than data.max_pixels {limits.max_pixels}"
+                raise DataError(column, f"{named} has {width} x {height} pixels, {limit}")
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
     except Image.UnidentifiedImageError as error:
         raise DataError(column, f"{named} is not an image that Pillow can read") from error
-    except Image.DecompressionBombError as error:
-        raise DataError(column, f"{named} expands to too many pixels: {error}") from error
     # Pillow's decoders raise these on truncated and corrupt files.
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError) as error:
         raise DataError(column, f"{named} can't be decoded: {error}") from error
+
+
+@contextlib.contextmanager
+def _pillows_limit_off() -> Iterator[None]:
+    """Pillow's own limit on pixels is one of the process; ours, checked instead, is the run's."""
+    from PIL import Image
+
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -127,11 +136,27 @@ def open_audio(value: Any, column: str, root: Path | None, limits: Limits) -> Au
             samples = file.read(dtype="float32", always_2d=True).mean(axis=1)
     except soundfile.LibsndfileError as error:
         raise DataError(column, f"{named} is not audio that libsndfile can read: {error.error_string}") from error
-    if len(samples) < stated:
-        raise DataError(
-            column, f"{named} is truncated: its header states {stated} frames, it holds {len(samples)}"
-        )
+    missing = _missing_wav_bytes(source)
+    if len(samples) < stated or missing:
+        found = f"{missing} bytes of its samples are missing" if missing else f"{len(samples)} of {stated} frames"
+        raise DataError(column, f"{named} is truncated, or its header lies: {found}")
     return _checked(samples, rate, column, named)
+
+
+def _missing_wav_bytes(source: Path | io.BytesIO) -> int:
+    """Bytes that a WAV file's header promises and the file doesn't hold: libsndfile reads on without a word."""
+    with source.open("rb") if isinstance(source, Path) else io.BytesIO(source.getvalue()) as file:
+        riff, _, wave = struct.unpack("<4sI4s", file.read(12).ljust(12, b"\0"))
+        if riff != b"RIFF" or wave != b"WAVE":
+            return 0
+        while len(header := file.read(8)) == 8:
+            name, size = struct.unpack("<4sI", header)
+            if name == b"data":
+                start = file.tell()
+                held = file.seek(0, io.SEEK_END) - start
+                return 0 if size >= _UNKNOWN_WAV_SIZE else max(0, size - held)
+            file.seek(size + size % 2, io.SEEK_CUR)
+    return 0
 
 
 def _checked(samples: np.ndarray, rate: int, column: str, named: str) -> Audio:

@@ -104,7 +104,11 @@ def open_tables(config: RunConfig, task: Task, progress: Progress, signals: Sign
     first = look(rows)
     notes = ["columns: " + ", ".join(f"{role} <- {name}" for role, name in rows.mapping.items())]
     if other is None:
-        train_at, valid_at = hold_out(first, float(config.data.valid))
+        try:
+            train_at, valid_at = hold_out(first, float(config.data.valid))
+        except DataError:  # too few rows are left, perhaps since most are bad
+            settle(first.bad, len(rows), "stop", 0.0)
+            raise
         classes = Counter(name for at in train_at.tolist() for name in _names(first.labels[at]))
         notes.append(f"valid: {len(valid_at):,} of {len(rows):,} rows held out of train, by hash")
         fingerprint = {"train": first.fingerprint}

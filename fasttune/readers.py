@@ -6,6 +6,7 @@ What `datasets` reports poorly is checked first, with line numbers: encoding, br
 from __future__ import annotations
 
 import csv
+import glob
 import json
 import re
 from dataclasses import dataclass
@@ -98,7 +99,12 @@ def _read_file(path: Path, name: str) -> Table:
     if _FORMATS[suffix] == "json" and _json_is_mixed(path, name):
         with path.open(encoding="utf-8-sig") as file:
             return Table(name, MixedRows(json.loads(line) for line in file), root)
-    return Table(name, _load(_FORMATS[suffix], name, data_files=str(path.resolve())), root)
+    return Table(name, _load(_FORMATS[suffix], name, data_files=_pattern(path)), root)
+
+
+def _pattern(path: Path) -> str:
+    """The path as `datasets` takes it: a glob pattern, in which `[a].csv` would be the name `a.csv`."""
+    return glob.escape(str(path.resolve()))
 
 
 def _load(builder: str, table_name: str, **arguments: Any) -> Dataset:
@@ -145,7 +151,7 @@ def _read_delimited(path: Path, name: str, delimiter: str) -> Dataset:
     return _load(
         "csv",
         name,
-        data_files=str(path.resolve()),
+        data_files=_pattern(path),
         sep=delimiter,
         features=features,
         encoding="utf-8-sig",

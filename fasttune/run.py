@@ -28,6 +28,7 @@ from fasttune.export import install, model_card, save_adapter, save_model
 from fasttune.features import CachedBase, cache_features
 from fasttune.folder import RunFolder, write_text
 from fasttune.inference import Model, load
+from fasttune.ops import backend
 from fasttune.optim import Optimizer
 from fasttune.prepare import UNITS, Prepared, build_bundle, data_report, prepare, source_of
 from fasttune.progress import Progress
@@ -143,9 +144,10 @@ class _Run:
         self.prepared.notes += [
             f"strategy {strategy.kind}: {trained:,} of {everything:,} parameters trained, in {train.precision}",
             f"attention: {adapted.attention}",
+            f"ops: {_backends(self.device)}",
         ]
         cached = cache_features(self.prepared.bundle, strategy.cache_gb) if isinstance(strategy, Head) else None
-        for note in self.prepared.notes[-2:]:
+        for note in self.prepared.notes[-3:]:
             self.progress.note(note)
         return adapted, cached
 
@@ -354,8 +356,8 @@ class _Run:
             "seconds": self.best.seconds,
             "peak_memory_bytes": trained_in,
             "truncated_train": self.prepared.train.truncated / len(self.prepared.train),
-            "train_rows": len(self.prepared.train.rows),
-            "valid_rows": len(self.prepared.valid.rows),
+            "train_rows": self.prepared.train.usable_rows,
+            "valid_rows": self.prepared.valid.usable_rows,
         }
         warnings = dangers(steps, evaluations)
         configs_text = configs.dump(self.config)
@@ -384,3 +386,9 @@ class _Run:
         else:
             install(bundle, state.masters, state.buffers)
             save_model(bundle, folder, card, self.disk)
+
+
+def _backends(device: torch.device) -> str:
+    """Who runs each op on this device."""
+    example = torch.empty(0, device=device)
+    return ", ".join(f"{op} by {backend(op, example).name}" for op in ("dropout", "lora_linear", "cross_entropy"))

@@ -69,6 +69,23 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_distilbert(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DistilBERT of random weights: its head stands wholly outside the base, whose features can be kept."""
+    from transformers import DistilBertConfig, DistilBertModel
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-distilbert"
+    shutil.copytree(tiny_bert, folder)
+    words = json.loads((tiny_bert / "config.json").read_text())["vocab_size"]
+    config = DistilBertConfig(
+        vocab_size=words, dim=32, n_layers=2, n_heads=2, hidden_dim=48, max_position_embeddings=64
+    )
+    config.initializer_range = 0.15
+    torch.manual_seed(3)
+    DistilBertModel(config).save_pretrained(folder)
+    return folder
+
+
 def _save_tokenizer(words: list[str], folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -204,3 +221,65 @@ def invoke_fixture() -> Any:
 @pytest.fixture
 def write() -> Callable[[Path, str | bytes], Path]:
     return write_file
+
+
+TIMING = {"seconds", "rows_per_s", "tokens_per_s", "peak_memory_bytes"}
+
+
+@pytest.fixture
+def start(tiny_bert: Path, toy_files: Any) -> Callable[..., Any]:
+    """start(output, kind, resume=..., **sections): a run of six steps in two epochs."""
+
+    import fasttune
+
+    def run(output: Path, kind: Any, resume: bool = False, model: Path = tiny_bert, **sections: Any) -> Any:
+        train = {"batch": 16, "epochs": 2, "lr": 1e-3, "precision": "fp32", **sections.pop("train", {})}
+        data = {"train": toy_files.train, "valid": toy_files.valid, **sections.pop("data", {})}
+        return fasttune.finetune(
+            task="text-classification",
+            model=str(model),
+            data=data,
+            strategy=kind,
+            train=train,
+            output=str(output),
+            resume=resume,
+            **sections,
+        )
+
+    return run
+
+
+def untimed(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name not in TIMING}
+
+
+def compare_runs(one: Path, other: Path) -> None:
+    """Weights, optimizer, random states, losses, sample order and metrics, bit by bit."""
+    from safetensors.torch import load_file
+
+    last = sorted((one / "checkpoints").iterdir())[-1].name
+    for name in ("trained", "optimizer", "buffers", "random"):
+        file = f"checkpoints/{last}/{name}.safetensors"
+        ours, theirs = load_file(one / file), load_file(other / file)
+        assert ours.keys() == theirs.keys()
+        assert all(ours[key].equal(theirs[key]) for key in ours), f"{file} differs"
+    for folder in ("best", "last"):
+        for weights in (one / folder).glob("*.safetensors"):
+            assert weights.read_bytes() == (other / folder / weights.name).read_bytes(), f"{weights.name} differs"
+    lines = [
+        [untimed(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (one, other)
+    ]
+    assert lines[0] == lines[1]
+    metrics = [untimed(json.loads((run / "metrics.json").read_text())) for run in (one, other)]
+    assert metrics[0] == metrics[1]
+
+
+@pytest.fixture
+def without_timing() -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return untimed
+
+
+@pytest.fixture
+def assert_same_run() -> Callable[[Path, Path], None]:
+    return compare_runs

@@ -338,7 +338,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_resume_goes_on(start: Callable[..
         try:
             start(resume=True, disk=FailingDisk(number))
         except OutputError as error:
-            assert "no space is left" in str(error)  # noqa: PT017
+            assert "no space" in str(error).lower()  # noqa: PT017
     report = start(resume=True)
     assert report.metrics["steps"] == 4
     assert fasttune.load(tmp_path / "run").labels == ["drink", "fruit", "tool"]

@@ -49,7 +49,7 @@ class Shell:
     """A shell in which further packages are installed."""
 
     def __init__(self, folder: Path, *sites: Path):
-        path = os.pathsep.join(map(str, sites))
+        path = os.pathsep.join([*map(str, sites), *filter(None, [os.environ.get("PYTHONPATH")])])
         # Bytecode of the packages under test would be written into the folder that the other tests share.
         self.env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         self.folder = folder

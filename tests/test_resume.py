@@ -4,44 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
-import fasttune
 from fasttune import run as runs
 from fasttune.errors import CheckpointError, OutputError, Stopped
 from fasttune.report import Report
 
 Start = Callable[..., Report]
-TIMING = {"seconds", "rows_per_s", "tokens_per_s", "peak_memory_bytes"}
-
-
-@pytest.fixture
-def start(tiny_bert: Path, toy_files: Any) -> Start:
-    """start(output, kind, resume=..., **sections): a run of six steps in two epochs."""
-
-    def run(output: Path, kind: str, resume: bool = False, **sections: Any) -> Report:
-        train = {"batch": 16, "epochs": 2, "lr": 1e-3, "precision": "fp32", **sections.pop("train", {})}
-        data = {"train": toy_files.train, "valid": toy_files.valid, **sections.pop("data", {})}
-        return fasttune.finetune(
-            task="text-classification",
-            model=str(tiny_bert),
-            data=data,
-            strategy=kind,
-            train=train,
-            output=str(output),
-            resume=resume,
-            **sections,
-        )
-
-    return run
 
 
 @pytest.fixture
@@ -62,49 +37,69 @@ def signal_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None
     return choose
 
 
-def without_timing(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name not in TIMING}
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    """Weights, optimizer, random states, losses, sample order and metrics, bit by bit."""
-    last = sorted((one / "checkpoints").iterdir())[-1].name
-    for name in ("trained", "optimizer", "buffers", "random"):
-        file = f"checkpoints/{last}/{name}.safetensors"
-        ours, theirs = load_file(one / file), load_file(other / file)
-        assert ours.keys() == theirs.keys()
-        assert all(ours[key].equal(theirs[key]) for key in ours), f"{file} differs"
-    for folder in ("best", "last"):
-        for weights in (one / folder).glob("*.safetensors"):
-            assert weights.read_bytes() == (other / folder / weights.name).read_bytes(), f"{weights.name} differs"
-    lines = [
-        [without_timing(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        for run in (one, other)
-    ]
-    assert lines[0] == lines[1]
-    metrics = [without_timing(json.loads((run / "metrics.json").read_text())) for run in (one, other)]
-    assert metrics[0] == metrics[1]
+SGD = {"optimizer": {"kind": "sgd"}, "schedule": "cosine", "lr": 1e-2, "accumulation": 3}
 
 
 @pytest.mark.parametrize(
-    "kind",
-    ["lora", "head", {"kind": "full", "layer_decay": 0.8, "gradual_unfreezing": 0.7}],
-    ids=["lora", "head", "full"],
+    ("kind", "train"),
+    [("lora", {}), ({"kind": "full", "layer_decay": 0.8, "gradual_unfreezing": 0.7}, {}), ("full", SGD)],
+    ids=["lora", "full", "sgd"],
 )
-def test_stopped_after_every_single_step(start: Start, signal_after: Any, tmp_path: Path, kind: Any) -> None:
-    start(tmp_path / "whole", kind, quiet=True)
+def test_stopped_after_every_single_step(
+    assert_same_run: Any, start: Start, signal_after: Any, tmp_path: Path, kind: Any, train: dict[str, Any]
+) -> None:
+    start(tmp_path / "whole", kind, quiet=True, train=train)
     for step in range(1, 7):
         signal_after(step)
         with pytest.raises(Stopped, match=f"SIGTERM while .*step-{step:06d}") as stopped:
-            start(tmp_path / "pieces", kind, resume=step > 1, quiet=True)
+            start(tmp_path / "pieces", kind, resume=step > 1, quiet=True, train=train)
         assert stopped.value.exit_status == 143
     signal_after(None)
-    start(tmp_path / "pieces", kind, resume=True, quiet=True)
+    start(tmp_path / "pieces", kind, resume=True, quiet=True, train=train)
     assert_same_run(tmp_path / "whole", tmp_path / "pieces")
 
 
+def test_kept_features_survive_a_stop(
+    assert_same_run: Any,
+    start: Start,
+    signal_after: Any,
+    tiny_distilbert: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    start(tmp_path / "whole", "head", model=tiny_distilbert)
+    assert "computed once" in capfd.readouterr().err
+    for step in (2, 4):
+        signal_after(step)
+        with pytest.raises(Stopped):
+            start(tmp_path / "pieces", "head", resume=step > 2, quiet=True, model=tiny_distilbert)
+    signal_after(None)
+    start(tmp_path / "pieces", "head", resume=True, quiet=True, model=tiny_distilbert)
+    assert_same_run(tmp_path / "whole", tmp_path / "pieces")
+
+
+def test_kept_features_change_nothing(start: Start, tiny_distilbert: Path, tmp_path: Path) -> None:
+    """Without dropout in the head, kept features and those computed anew give one run, to rounding."""
+    shutil.copytree(tiny_distilbert, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "seq_classif_dropout": 0.0}))
+    losses = []
+    for cache_gb in (2.0, 0.0, 1e-6):  # all kept, none kept, and too little room for all
+        kind = {"kind": "head", "cache_gb": cache_gb}
+        start(tmp_path / str(cache_gb), kind, quiet=True, model=tmp_path / "model", train={"lr": 1e-2})
+        lines = (tmp_path / str(cache_gb) / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line).get("loss", 0.0) for line in lines])
+    assert losses[0][0] != losses[0][-2], "a loss that doesn't move would prove nothing"
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_stopped_while_evaluating(
-    start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    assert_same_run: Any,
+    start: Start,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     start(tmp_path / "whole", "lora", quiet=True)
     real = runs.evaluate
@@ -139,10 +134,8 @@ def test_stopped_while_preparing_leaves_nothing(
 
 
 def test_without_a_checkpoint_resume_starts_at_the_beginning(
-    start: Start, signal_after: Any, tmp_path: Path
+    assert_same_run: Any, start: Start, signal_after: Any, tmp_path: Path
 ) -> None:
-    import shutil
-
     start(tmp_path / "whole", "full", quiet=True)
     signal_after(2)
     with pytest.raises(Stopped):
@@ -163,7 +156,12 @@ def flip_a_bit(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest"])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
-    start: Start, signal_after: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str], damage: str
+    assert_same_run: Any,
+    start: Start,
+    signal_after: Any,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    damage: str,
 ) -> None:
     start(tmp_path / "whole", "lora", quiet=True, save={"every": 1, "keep": 3})
     signal_after(5)
@@ -264,7 +262,9 @@ def _train_of(config: str) -> str:
     return yaml.safe_load(config)["data"]["train"]
 
 
-def test_a_finished_run_resumed_trains_nothing_and_stays_as_it_is(start: Start, tmp_path: Path) -> None:
+def test_a_finished_run_resumed_trains_nothing_and_stays_as_it_is(
+    without_timing: Any, start: Start, tmp_path: Path
+) -> None:
     first = start(tmp_path / "run", "lora", quiet=True)
     lines = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     again = start(tmp_path / "run", "lora", resume=True, quiet=True)
@@ -275,22 +275,3 @@ def test_a_finished_run_resumed_trains_nothing_and_stays_as_it_is(start: Start, 
 def test_a_run_is_not_overwritten_without_resume(start: Start, stopped: Path) -> None:
     with pytest.raises(OutputError, match="holds a run already; go on with it by --resume"):
         start(stopped, "lora", quiet=True)
-
-
-def test_sigterm_from_outside(tiny_bert: Path, toy_files: Any, tmp_path: Path) -> None:
-    """The real thing: a process of its own, stopped in the middle, exits with 143 and says how to go on."""
-    code = "import torch; torch.set_num_threads(1); from fasttune.cli import main; main()"
-    arguments = ["run", "text-classification", "--model", str(tiny_bert), "--data", toy_files.train]
-    arguments += ["--valid", toy_files.valid, "--output", str(tmp_path / "run"), "--set", "train.steps=100000"]
-    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    said = ""
-    for line in process.stderr:
-        said += line
-        if line.startswith("step 1/"):
-            process.send_signal(signal.SIGTERM)
-    assert process.wait() == 143, said
-    assert "stopped by SIGTERM while" in said
-    assert "--resume" in said
-    assert "Traceback" not in said
-    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) >= 1

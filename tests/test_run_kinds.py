@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import fasttune
 from fasttune import config as configs
+from fasttune.errors import TrainingError
 from fasttune.prepare import open_tables, open_task
 from fasttune.progress import Progress
 from fasttune.signals import Signals
@@ -86,6 +87,76 @@ def test_the_same_config_twice_gives_the_same_bits(
         )
         runs.append((tmp_path / str(number) / "last" / "model.safetensors").read_bytes())
     assert runs[0] == runs[1]
+
+
+def strictly(text: str) -> Any:
+    """JSON as every other reader takes it: without NaN and Infinity."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("problem", ["single", "regression"])
+def test_a_model_that_broke_is_reported_in_plain_json(
+    tiny_bert: Path, toy_rows: Any, write_jsonl: Any, tmp_path: Path, problem: str
+) -> None:
+    """One step with an absurd rate: the gradient was finite, the weights overflow, valid gives NaN."""
+    rows = [
+        {"text": row["text"], "label": row["label"] if problem == "single" else 1.0} for row in toy_rows["train"]
+    ]
+    table = write_jsonl(tmp_path / "rows.jsonl", rows)
+    report = fasttune.finetune(
+        task="text-classification",
+        model=str(tiny_bert),
+        options={"problem": problem},
+        data={"train": table, "valid": table},
+        strategy="full",
+        train={"steps": 1, "lr": 1e30, "precision": "fp32"},
+        output=str(tmp_path / "run"),
+        quiet=True,
+    )
+    evaluation = strictly((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert evaluation["metrics"]["loss"] is None
+    assert strictly((tmp_path / "run" / "metrics.json").read_text())["valid"]["loss"] is None
+    assert any("not finite" in warning for warning in report.warnings)
+
+
+def test_steps_that_are_not_finite_end_the_run_with_the_rows(
+    tiny_bert: Path, toy_files: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(TrainingError, match=r"3 steps in a row; the last batch held rows \[\d+, .*\]"):
+        fasttune.finetune(
+            task="text-classification",
+            model=str(tiny_bert),
+            data={"train": toy_files.train, "valid": toy_files.valid},
+            strategy="full",
+            train={"steps": 8, "batch": 8, "lr": 1e30, "precision": "fp32"},
+            output=str(tmp_path / "run"),
+            quiet=True,
+        )
+    lines = [strictly(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["taken"] for line in lines] == [True, False, False, False]
+
+
+def test_a_tilde_is_the_home_folder(
+    tiny_bert: Path, toy_files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    shutil.copytree(tiny_bert, tmp_path / "home" / "bert")
+    fasttune.finetune(
+        task="text-classification",
+        model="~/bert",
+        data={"train": toy_files.train, "valid": toy_files.valid},
+        train={"steps": 1, "precision": "fp32"},
+        output="~/run",
+        quiet=True,
+    )
+    assert (tmp_path / "home" / "run" / "best").is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
 def test_another_seed_gives_another_run(tiny_bert: Path, toy_files: Any, tmp_path: Path) -> None:
