@@ -104,8 +104,8 @@ class Checkpoints:
             self._purge({*protect, state.step})
         except (OSError, safetensors.SafetensorError) as error:
             raise OutputError(
-                f"{target}: the checkpoint can't be written: {_reason(error)}; about {needed:,} bytes are needed. "
-                "Earlier checkpoints are as they were."
+                f"{target}: the checkpoint can't be written: {disk_fault(error)}; about {needed:,} bytes are "
+                "needed. Earlier checkpoints are as they were."
             ) from error
 
     def _write(self, target: Path, state: State, tensors: dict[str, dict[str, Tensor]]) -> None:
@@ -219,7 +219,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _reason(error: Exception) -> str:
+def disk_fault(error: Exception) -> str:
+    """What went wrong with a disk, in words."""
     if isinstance(error, OSError) and error.errno:
         return "no space is left on the disk" if error.errno == errno.ENOSPC else os.strerror(error.errno)
     return str(error)

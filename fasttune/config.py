@@ -6,6 +6,7 @@ that depends on the strategy or the machine. Every error names the key, its line
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -233,12 +234,17 @@ def resolve(config: RunConfig, *, precision: str) -> RunConfig:
     name = re.sub(r"[^\w.-]+", "-", Path(config.model).name or config.model)
     return config.model_copy(
         update={
+            "model": _home(config.model),
             "strategy": strategy,
             "train": train.model_copy(update={"lr": lr, "head_lr": head_lr, "precision": precision}),
             "eval": config.eval.model_copy(update={"batch": batch}),
-            "output": config.output or f"runs/{config.task.rpartition(':')[2]}-{name}",
+            "output": _home(config.output) or f"runs/{config.task.rpartition(':')[2]}-{name}",
         }
     )
+
+
+def _home(path: str) -> str:
+    return os.path.expanduser(path) if path.startswith("~") else path
 
 
 class _Loader(yaml.SafeLoader):

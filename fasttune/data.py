@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -76,7 +77,7 @@ def _classes_of(value: Any) -> list[str]:
 
 def sort_classes(names: Sequence[str]) -> list[str]:
     """Class names in the order of their ids: whole numbers by value, else by name."""
-    if all(name.lstrip("-").isdecimal() for name in names):
+    if all(re.fullmatch(r"-?[0-9]+", name) for name in names):
         return sorted(names, key=int)
     return sorted(names)
 
@@ -87,21 +88,23 @@ def hold_out(checked: Checked, share: float) -> tuple[np.ndarray, np.ndarray]:
     The same rows are held out whatever the seed or the order of the file, and equal inputs stay on one side.
     Raises DataError if nothing is left for one of the sides.
     """
-    strata: dict[str, list[tuple[bytes, int]]] = {}
+    groups: dict[bytes, list[int]] = {}
     for position in checked.good.tolist():
-        label = checked.labels[position]
-        stratum = label if isinstance(label, str) else ""
-        strata.setdefault(stratum, []).append((checked.keys[position], position))
+        groups.setdefault(checked.keys[position], []).append(position)
+    strata: dict[str, list[tuple[bytes, list[int]]]] = {}
+    for key, positions in groups.items():
+        labels = [checked.labels[position] for position in positions]
+        stratum = min(label if isinstance(label, str) else "" for label in labels)
+        strata.setdefault(stratum, []).append((key, positions))
+    quotas = _quotas({name: sum(len(rows) for _, rows in members) for name, members in strata.items()}, share)
     train: list[int] = []
     valid: list[int] = []
-    quotas = _quotas({name: len(members) for name, members in strata.items()}, share)
     for name, members in strata.items():
-        members.sort()
-        cut = quotas[name]
-        while 0 < cut < len(members) and members[cut - 1][0] == members[cut][0]:
-            cut -= 1
-        valid += [position for _, position in members[:cut]]
-        train += [position for _, position in members[cut:]]
+        room = quotas[name]
+        for _, positions in sorted(members):
+            held_out = len(positions) <= room
+            room -= len(positions) if held_out else 0
+            (valid if held_out else train).extend(positions)
     if not valid or not train:
         raise DataError(
             None, f"data.valid: a share of {share:g} of {len(checked.good)} rows leaves nothing to validate on"

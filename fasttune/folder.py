@@ -107,10 +107,9 @@ class RunFolder:
 
     def append(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl."""
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         try:
             with self.steps.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(finite) + "\n")
+                file.write(json.dumps(plain(record)) + "\n")
         except OSError as error:
             raise OutputError(f"{self.steps}: can't be written: {error.strerror}; --resume goes on") from error
 
@@ -127,6 +126,15 @@ class RunFolder:
             if record["step"] <= step:
                 kept.append(line + "\n")
         write_text(self.steps, "".join(kept))
+
+
+def plain(value: Any) -> Any:
+    """A JSON value without NaN and infinity, which JSON has no words for: they become null."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path: Path, text: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import struct
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au"})
-_UNKNOWN_WAV_SIZE = 0x7FFFFFFF  # and above: what programs write that stream and can't go back
+_UNKNOWN_SIZE = 0x7FFFFFFF  # and above: what programs write that stream and can't go back
 MEDIA_SUFFIXES = {"image": IMAGE_SUFFIXES, "audio": AUDIO_SUFFIXES}
 
 
@@ -120,41 +119,47 @@ def open_audio(value: Any, column: str, root: Path | None, limits: Limits) -> Au
     import soundfile
 
     if isinstance(value, Mapping) and value.get("array") is not None:
-        samples = np.asarray(value["array"], dtype=np.float32)
-        return _checked(samples, int(value["sampling_rate"]), column, "the audio")
+        samples, rate = np.asarray(value["array"], dtype=np.float32), int(value["sampling_rate"])
+        if samples.ndim == 2:
+            samples = samples.mean(axis=int(np.argmin(samples.shape)))  # there are fewer channels than frames
+        _check_length(len(samples), rate, column, "the audio", limits)
+        return _checked(samples, rate, column, "the audio")
     source = locate(value, column, root)
     named = f"the file {source.name!r}" if isinstance(source, Path) else "the audio"
     try:
         with soundfile.SoundFile(source) as file:
-            if file.frames > limits.max_seconds * file.samplerate:
-                seconds = file.frames / file.samplerate
-                raise DataError(
-                    column,
-                    f"{named} lasts {seconds:.0f} s, more than data.max_audio_seconds {limits.max_seconds:g}",
-                )
+            _check_length(file.frames, file.samplerate, column, named, limits)
             stated, rate = file.frames, file.samplerate
             samples = file.read(dtype="float32", always_2d=True).mean(axis=1)
     except soundfile.LibsndfileError as error:
         raise DataError(column, f"{named} is not audio that libsndfile can read: {error.error_string}") from error
-    missing = _missing_wav_bytes(source)
+    missing = _missing_bytes(source)
     if len(samples) < stated or missing:
         found = f"{missing} bytes of its samples are missing" if missing else f"{len(samples)} of {stated} frames"
         raise DataError(column, f"{named} is truncated, or its header lies: {found}")
     return _checked(samples, rate, column, named)
 
 
-def _missing_wav_bytes(source: Path | io.BytesIO) -> int:
-    """Bytes that a WAV file's header promises and the file doesn't hold: libsndfile reads on without a word."""
+def _check_length(frames: int, rate: int, column: str, named: str, limits: Limits) -> None:
+    if frames > limits.max_seconds * rate:
+        limit = f"more than data.max_audio_seconds {limits.max_seconds:g}"
+        raise DataError(column, f"{named} lasts {frames / rate:.0f} s, {limit}")
+
+
+def _missing_bytes(source: Path | io.BytesIO) -> int:
+    """Bytes that the header of a WAV or AIFF file promises and the file doesn't hold: libsndfile reads on without
+    a word."""
     with source.open("rb") if isinstance(source, Path) else io.BytesIO(source.getvalue()) as file:
-        riff, _, wave = struct.unpack("<4sI4s", file.read(12).ljust(12, b"\0"))
-        if riff != b"RIFF" or wave != b"WAVE":
+        form, kind = file.read(4), file.read(8)[4:]
+        if (form, kind) not in ((b"RIFF", b"WAVE"), (b"FORM", b"AIFF"), (b"FORM", b"AIFC")):
             return 0
+        order, samples = ("little", b"data") if form == b"RIFF" else ("big", b"SSND")
         while len(header := file.read(8)) == 8:
-            name, size = struct.unpack("<4sI", header)
-            if name == b"data":
+            name, size = header[:4], int.from_bytes(header[4:], order)  # type: ignore[arg-type]
+            if name == samples:
                 start = file.tell()
                 held = file.seek(0, io.SEEK_END) - start
-                return 0 if size >= _UNKNOWN_WAV_SIZE else max(0, size - held)
+                return 0 if size >= _UNKNOWN_SIZE else max(0, size - held)
             file.seek(size + size % 2, io.SEEK_CUR)
     return 0
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import glob
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -99,12 +100,15 @@ def _read_file(path: Path, name: str) -> Table:
     if _FORMATS[suffix] == "json" and _json_is_mixed(path, name):
         with path.open(encoding="utf-8-sig") as file:
             return Table(name, MixedRows(json.loads(line) for line in file), root)
-    return Table(name, _load(_FORMATS[suffix], name, data_files=_pattern(path)), root)
+    return Table(name, _load(_FORMATS[suffix], name, **_file(path)), root)
 
 
-def _pattern(path: Path) -> str:
-    """The path as `datasets` takes it: a glob pattern, in which `[a].csv` would be the name `a.csv`."""
-    return glob.escape(str(path.resolve()))
+def _file(path: Path) -> dict[str, str]:
+    """The file as `load_dataset` takes it. Its cache goes by time and size, which a copied file may keep: the
+    content's hash goes along as the name. The path is a glob pattern there, in which `[a].csv` means `a.csv`."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    return {"name": f"content-{digest}", "data_files": glob.escape(str(path.resolve()))}
 
 
 def _load(builder: str, table_name: str, **arguments: Any) -> Dataset:
@@ -151,7 +155,7 @@ def _read_delimited(path: Path, name: str, delimiter: str) -> Dataset:
     return _load(
         "csv",
         name,
-        data_files=_pattern(path),
+        **_file(path),
         sep=delimiter,
         features=features,
         encoding="utf-8-sig",
@@ -232,8 +236,15 @@ def _check_json_array(path: Path, name: str) -> None:
 def _read_folder(path: Path, name: str, media: Literal["image", "audio"] | None) -> Table:
     import datasets
 
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+        listed = ", ".join(str(Path(name) / split) for split in splits)
+        raise DataError(None, f"{name}: holds several splits; name one of them: {listed}")
     if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
-        return Table(name, datasets.load_from_disk(str(path)), path)
+        try:
+            return Table(name, datasets.load_from_disk(str(path)), path)
+        except (OSError, ValueError, KeyError) as error:  # Arrow's own errors are ValueErrors
+            raise DataError(None, f"{name}: can't be read: {error}") from error
     described = next((path / file for file in _METADATA if (path / file).is_file()), None)
     if described:
         table = _read_file(described, str(Path(name) / described.name))

@@ -44,6 +44,10 @@ def dangers(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[st
         found.append(f"The training loss rose from {start:.3f} to {end:.3f}: train.lr is probably too high.")
     elif len(losses) >= 20 and end > 0.98 * start:
         found.append(f"The training loss hardly moved ({start:.3f} to {end:.3f}): train.lr is probably too low.")
+    broken = [record["step"] for record in evaluations if record["metrics"]["loss"] is None]
+    if broken:
+        found.append(f"The loss on valid was not finite at step {broken[0]}: the model broke. Lower train.lr.")
+    evaluations = [record for record in evaluations if record["metrics"]["loss"] is not None]
     valid = [record["metrics"]["loss"] for record in evaluations]
     if len(valid) >= 2 and valid[-1] > 1.05 * min(valid) and end < start:
         best = evaluations[valid.index(min(valid))]["step"]
@@ -134,7 +138,8 @@ def _confusion(valid: Mapping[str, Any]) -> str:
 def _curves(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> str:
     """Training loss (line) and loss on valid (dots) over steps, as SVG."""
     train = [(record["step"], record["loss"]) for record in steps if record["loss"] is not None]
-    valid = [(record["step"], record["metrics"]["loss"]) for record in evaluations]
+    points = ((record["step"], record["metrics"]["loss"]) for record in evaluations)
+    valid = [(step, loss) for step, loss in points if loss is not None]
     if not train:
         return ""
     width, height, last = 760, 260, max(step for step, _ in train)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from fasttune.readers import Table
 from fasttune.task import Column
 
 _MEDIA = ("image", "audio")
+# Python's float() takes 1_0 for ten; people don't. nan and inf are let through to be named as such.
+_NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf(inity)?)", re.ASCII | re.IGNORECASE)
 _MEDIA_ALIASES = ("file_name", "file", "path", "filepath", "audio_filepath", "image_path")
 
 
@@ -48,13 +51,12 @@ def map_columns(table: Table, columns: Sequence[Column], named: Mapping[str, str
         if column.role in mapping:
             continue
         aliases = (*column.aliases, *(_MEDIA_ALIASES if column.kind in _MEDIA else ()))
-        free = [
-            name
-            for name in (column.role, *aliases)
-            if folded.get(name.casefold()) not in (None, *mapping.values())
-        ]
-        if free:
-            mapping[column.role] = folded[free[0].casefold()]
+        known = (
+            name if name in table.columns else folded.get(name.casefold()) for name in (column.role, *aliases)
+        )
+        found = next((name for name in known if name and name not in mapping.values()), None)
+        if found:
+            mapping[column.role] = found
         elif column.required:
             raise DataError(
                 None,
@@ -116,6 +118,8 @@ def _text(value: Any) -> str:
 def _number(value: Any) -> float:
     if value is None or isinstance(value, bool) or value == "":
         raise ValueError(f"expected a number, found {'nothing' if value in (None, '') else value}")
+    if isinstance(value, str) and not _NUMBER.fullmatch(value.strip()):
+        raise ValueError(f"expected a number, found {value!r:.60}")
     try:
         number = float(value)
     except (TypeError, ValueError) as error:
@@ -280,9 +284,7 @@ def _holds_fractions(table: Table, name: str) -> bool:
         text = row[name].strip()
         if not text:
             continue
-        try:
-            float(text)
-        except ValueError:
+        if not _NUMBER.fullmatch(text):
             return False
         fractions = fractions or not text.lstrip("+-").isdecimal()
     return fractions

@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from fasttune import config as configs
 from fasttune.adapt import DTYPES, Adapted, adapt, native_precision
 from fasttune.batching import Batches, Loader, MicroBatch, Position, plan_in_order_of_cost, to_device
-from fasttune.checkpoint import Checkpoints, Disk, State, verify
+from fasttune.checkpoint import Checkpoints, Disk, State, disk_fault, verify
 from fasttune.config import Head, Lora, RunConfig
-from fasttune.errors import CheckpointError, ConfigError, Stopped
+from fasttune.errors import CheckpointError, ConfigError, OutputError, Stopped
 from fasttune.evaluate import evaluate
 from fasttune.export import install, model_card, save_adapter, save_model
 from fasttune.features import CachedBase, cache_features
-from fasttune.folder import RunFolder, write_text
+from fasttune.folder import RunFolder, plain, write_text
 from fasttune.inference import Model, load
 from fasttune.ops import backend
 from fasttune.optim import Optimizer
@@ -95,8 +96,8 @@ class _Best:
     """How far the run has come; kept in every checkpoint."""
 
     step: int = 0
-    value: float | None = None
-    loss: float = 0.0
+    value: float | None = None  # of the primary metric; None if not finite
+    loss: float | None = None
     without_gain: int = 0
     seconds: float = 0.0
     pending: bool = False  # the checkpoint's step is due for an evaluation that was stopped
@@ -305,17 +306,22 @@ class _Run:
         metrics = evaluate(
             self.prepared.task, self.prepared.bundle, self.valid, batch, before=partial(self._expect, "valid")
         )
-        value = metrics[self.metric.name]
-        sign = 1 if self.metric.best == "max" else -1
-        reached = (sign * value, -metrics["loss"])  # of equal metrics the lower loss is the better model
-        better = self.best.value is None or reached > (sign * self.best.value, -self.best.loss)
+        value, loss = plain(metrics[self.metric.name]), plain(metrics["loss"])
+        gain = self._rank(value) > self._rank(self.best.value)
+        # Of equal metrics the lower loss is the better model, but patience goes by the metric alone.
+        lower = -math.inf if loss is None else -loss
+        before = -math.inf if self.best.loss is None else -self.best.loss
+        better = gain or self.best.step == 0 or (value == self.best.value and lower > before)
         if better:
-            self.best = replace(self.best, step=step, value=value, loss=metrics["loss"], without_gain=0)
-        else:
-            self.best.without_gain += 1
+            self.best = replace(self.best, step=step, value=value, loss=loss)
+        self.best.without_gain = 0 if gain else self.best.without_gain + 1
         self.best.pending = False
         self.folder.append({"step": step, "metrics": metrics})
         self.progress.evaluated(step, metrics, better)
+
+    def _rank(self, value: float | None) -> float:
+        """Higher is better; what is not finite is worse than anything."""
+        return -math.inf if value is None else value if self.metric.best == "max" else -value
 
     def _save(self, record: StepRecord) -> None:
         state = State(
@@ -341,7 +347,7 @@ class _Run:
         self._export(best, self.folder.best)
         self._export(last, self.folder.last)
         model = load(self.folder.path)
-        valid = model.score(self.prepared.valid)
+        valid = plain(model.score(self.prepared.valid))
         steps, evaluations = read_records(self.folder.steps)
         seconds = sum(record["seconds"] for record in steps)
         metrics = {
@@ -361,7 +367,7 @@ class _Run:
         }
         warnings = dangers(steps, evaluations)
         configs_text = configs.dump(self.config)
-        write_text(self.folder.metrics, json.dumps(metrics, indent=2))
+        write_text(self.folder.metrics, json.dumps(plain(metrics), indent=2))
         title = f"{self.config.task}: {self.config.model}, {self.config.strategy.kind}"
         write_text(
             self.folder.report,
@@ -381,11 +387,16 @@ class _Run:
         prepared = self.prepared
         bundle = build_bundle(prepared.task, source_of(self.config), prepared.labels, self.config.train.seed)
         card = model_card(self.config, {}, prepared.labels)
-        if isinstance(self.config.strategy, Lora):
-            save_adapter(bundle, {**state.buffers, **state.masters}, folder, self.config, card, self.disk)
-        else:
-            install(bundle, state.masters, state.buffers)
-            save_model(bundle, folder, card, self.disk)
+        try:
+            if isinstance(self.config.strategy, Lora):
+                save_adapter(bundle, {**state.buffers, **state.masters}, folder, self.config, card, self.disk)
+            else:
+                install(bundle, state.masters, state.buffers)
+                save_model(bundle, folder, card, self.disk)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(
+                f"{folder}: the model can't be written: {disk_fault(error)}; mend that and finish with --resume"
+            ) from error
 
 
 def _backends(device: torch.device) -> str:

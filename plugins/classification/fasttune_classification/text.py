@@ -56,7 +56,7 @@ TEXT_LABEL_ALIASES = (
 )
 
 # The demo's settings. Tuned on two cores: all variants together stay under two minutes.
-DEMO_TRAIN_PER_LABEL = 100
+DEMO_TRAIN_PER_LABEL = 40
 DEMO_VALID_PER_LABEL = 50
 DEMO_SEED = 17
 DEMO_TRAIN = {

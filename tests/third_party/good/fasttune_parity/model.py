@@ -28,7 +28,7 @@ class ParityModel(nn.Module):
 
     def __init__(self, width: int = 16, blocks: int = 2):
         super().__init__()
-        self.shape = {"width": width, "blocks": blocks}
+        self.config = {"width": width, "blocks": blocks}  # a plain dictionary, unlike transformers' own
         self.embedding = nn.Embedding(16, width)
         self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
         self.head = nn.Linear(width, 2)
@@ -43,7 +43,7 @@ class ParityModel(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(self.state_dict(), folder / _WEIGHTS)
-        (folder / _SHAPE).write_text(json.dumps(self.shape))
+        (folder / _SHAPE).write_text(json.dumps(self.config))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, random_weights: bool = False) -> ParityModel:
