@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fasttune.data import Encoded
+from fasttune.errors import DataError
 from fasttune.task import Sample
 
 _FEWEST = 4  # samples that a micro-batch is cut down to at most, to save padding
@@ -91,13 +92,16 @@ class Loader:
             yield from map(self.load, plan)
             return
         # Forked, since a model and memory-mapped rows are shared that way instead of pickled.
-        yield from torch.utils.data.DataLoader(
+        for found in torch.utils.data.DataLoader(
             _Plan(self, plan),
             batch_size=None,
             shuffle=False,
             num_workers=self.workers,
             multiprocessing_context="fork",
-        )
+        ):
+            if isinstance(found, DataError):
+                raise found
+            yield found
 
 
 class _Plan(torch.utils.data.Dataset):
@@ -109,8 +113,11 @@ class _Plan(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, index: int) -> MicroBatch:
-        return self.loader.load(self.plan[index])
+    def __getitem__(self, index: int) -> MicroBatch | DataError:
+        try:
+            return self.loader.load(self.plan[index])
+        except DataError as error:  # raised here, torch would make a RuntimeError of it
+            return error
 
 
 class Batches:

@@ -12,7 +12,7 @@ from fasttune.adapt import DTYPES, Adapted, adapt, native_precision
 from fasttune.batching import Batches, Loader, cut, plan_epoch, to_device
 from fasttune.config import RunConfig
 from fasttune.data import Encoded
-from fasttune.prepare import UNITS, prepare
+from fasttune.prepare import UNITS, prepare, width_of
 from fasttune.progress import Progress
 from fasttune.rows import media_kind
 from fasttune.signals import Signals
@@ -28,6 +28,7 @@ def check(config: RunConfig, remote_code: str | None = None) -> dict[str, Any]:
     config = configs.resolve(config, precision=native_precision(device))
     with Signals() as signals:
         prepared = prepare(config, Progress(quiet=True), signals, remote_code)
+    config = configs.resolve_rates(config, width_of(prepared.bundle))
     unit = UNITS[media_kind(prepared.task.columns)]
     costs = prepared.train.costs
     batches = Batches(Loader(prepared.train, prepared.bundle.padding), config.train.batch, 1, config.train.seed)

@@ -157,7 +157,8 @@ class Train(Section):
     accumulation: int = Field(1, ge=1)
     """Micro-batches that one batch is cut into, to save memory; the gradient is the same to rounding."""
     lr: float | None = Field(None, gt=0)
-    """Peak learning rate. Default by strategy: full 5e-5, head 1e-3, lora 5e-4."""
+    """Peak learning rate. Default by strategy: full 5e-5, head 5e-3, lora 1e-3 for a model of hidden size 768;
+    otherwise times (768 / hidden size) ** 0.775."""
     head_lr: float | None = Field(None, gt=0)
     """Peak learning rate of the head. Default: 10 x lr for full, else lr."""
     optimizer: Optimizer = AdamW()
@@ -217,17 +218,19 @@ class RunConfig(Section):
     """Written into the resolved file: package versions, the plugin, the data's fingerprint."""
 
 
-_KINDS = ("strategy", "optimizer", "schedule")
-_DEFAULT_LR = {"full": 5e-5, "head": 1e-3, "lora": 5e-4}
+_KINDS = {"strategy": "lora", "optimizer": "adamw", "schedule": "linear"}
+_LR_AT_768 = {"full": 5e-5, "head": 5e-3, "lora": 1e-3}
+_LR_EXPONENT = 0.775  # wider models want smaller steps
 
 
 def resolve(config: RunConfig, *, precision: str) -> RunConfig:
-    """The config with every default written out. precision: what `auto` means on this machine."""
+    """The config with every default written out but those that depend on the model (`resolve_rates`).
+
+    precision: what `auto` means on this machine.
+    """
     strategy, train = config.strategy, config.train
     if isinstance(strategy, Lora) and strategy.alpha is None:
         strategy = strategy.model_copy(update={"alpha": 2.0 * strategy.rank})
-    lr = train.lr or _DEFAULT_LR[strategy.kind]
-    head_lr = train.head_lr or (10 * lr if strategy.kind == "full" else lr)
     if train.precision != "auto":
         precision = train.precision
     batch = config.eval.batch or 2 * -(-train.batch // train.accumulation)
@@ -236,11 +239,19 @@ def resolve(config: RunConfig, *, precision: str) -> RunConfig:
         update={
             "model": _home(config.model),
             "strategy": strategy,
-            "train": train.model_copy(update={"lr": lr, "head_lr": head_lr, "precision": precision}),
+            "train": train.model_copy(update={"precision": precision}),
             "eval": config.eval.model_copy(update={"batch": batch}),
             "output": _home(config.output) or f"runs/{config.task.rpartition(':')[2]}-{name}",
         }
     )
+
+
+def resolve_rates(config: RunConfig, width: int | None) -> RunConfig:
+    """The config with its learning rates written out. width: the model's hidden size, None if it has no one."""
+    kind, train = config.strategy.kind, config.train
+    lr = train.lr or float(f"{_LR_AT_768[kind] * (768 / (width or 768)) ** _LR_EXPONENT:.2g}")
+    head_lr = train.head_lr or (10 * lr if kind == "full" else lr)
+    return config.model_copy(update={"train": train.model_copy(update={"lr": lr, "head_lr": head_lr})})
 
 
 def _home(path: str) -> str:
@@ -337,7 +348,11 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise ConfigError(f"--set {override!r}: {part} is a single value and has no keys")
         section = inner
-    section[parts[-1]] = _parse_yaml(text, f"--set {override!r}")[0] if text else ""
+    value = _parse_yaml(text, f"--set {override!r}")[0] if text else ""
+    alternatives = parts[-1] == "kind" and parts[-2:-1] in (["strategy"], ["optimizer"])
+    if alternatives and section.get("kind", _KINDS[parts[-2]]) != value:
+        section.clear()  # the settings of the kind that is not wanted
+    section[parts[-1]] = value
 
 
 def _explain(error: ValidationError, model: type[BaseModel], values: Any, where: str, node: Any) -> str:

@@ -169,7 +169,10 @@ class Encoded:
         if self.keep:
             return self._kept[index]
         position = self.owner[index]
-        return self._encode(position, self.rows.raw(position))[self._part[index]]
+        try:
+            return self._encode(position, self.rows.raw(position))[self._part[index]]
+        except DataError as error:  # it was whole when the run began
+            raise BadRows([self.rows.bad(position, error)]) from error
 
     def reference(self, index: int) -> dict[str, Any]:
         """The row of a sample, by role, media not opened: what a meter compares a prediction with."""

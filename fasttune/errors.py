@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 
 class FasttuneError(Exception):
@@ -63,6 +64,9 @@ class DataError(FasttuneError):
         self.column = column
         self.why = why
 
+    def __reduce__(self) -> tuple[Any, ...]:  # worker processes hand it over pickled
+        return type(self), (self.column, self.why)
+
 
 @dataclass(frozen=True)
 class BadRow:
@@ -90,6 +94,9 @@ class BadRows(DataError):
         noun = "row" if len(rows) == 1 else "rows"
         hint = f"\n{hint}" if hint else ""
         super().__init__(None, f"{len(rows)} bad {noun}:\n{listed}{more}{hint}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.rows,)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -76,7 +76,7 @@ def save_adapter(
     }
     disk.write(staged / "adapter_config.json", json.dumps(record, indent=2).encode())
     model: Any = bundle.model
-    if hasattr(model, "config"):  # the classes by name, for whoever opens the adapter
+    if hasattr(getattr(model, "config", None), "save_pretrained"):  # it names the classes
         model.config.save_pretrained(staged)
     _save_processor(bundle, staged, card, disk)
     replace_folder(staged, folder, disk)

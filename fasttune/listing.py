@@ -80,7 +80,7 @@ train:
   epochs: 3
   batch: 32                   # rows an optimizer step
   accumulation: 1             # micro-batches a batch is cut into, to save memory; the gradient stays the same
-  # lr: 5e-4                  # default by strategy: full 5e-5, head 1e-3, lora 5e-4
+  # lr: 1e-3                  # default by strategy and model width
   seed: 17
 # eval: {{patience: 2}}         # stop early
 output: runs/{task}

@@ -14,7 +14,7 @@ import torch
 from fasttune import task as tasks
 from fasttune.config import RunConfig, validate_options
 from fasttune.data import Checked, Encoded, check, hold_out, label_role, settle, sort_classes
-from fasttune.errors import BadRow, DataError
+from fasttune.errors import BadRow, BadRows, DataError
 from fasttune.media import Limits
 from fasttune.progress import Progress
 from fasttune.readers import Table, read
@@ -68,6 +68,14 @@ def build_bundle(task: Task, source: Source, labels: list[str], seed: int) -> Bu
     """The model with its new head; equal seeds give equal heads."""
     seed_everything(seed)
     return task.build(source, labels)
+
+
+def width_of(bundle: Bundle) -> int | None:
+    """The model's hidden size, if it has one (a convolutional network has several)."""
+    config: Any = getattr(bundle.model, "config", None)
+    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+    width = getattr(inner, "hidden_size", None)
+    return width if isinstance(width, int) else None
 
 
 @dataclass
@@ -188,7 +196,9 @@ def prepare_rows(
     known = set(labels or ()) if label_role(columns) else None
     seen = check(rows, known)
     encoded = Encoded(rows.take(seen.good), task, bundle, train=False).fill()
-    settle([*seen.bad, *encoded.bad], len(rows), "stop", 0.0)
+    bad = [*seen.bad, *encoded.bad]
+    if bad:
+        raise BadRows(sorted(bad, key=lambda row: row.row))
     return encoded
 
 

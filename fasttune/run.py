@@ -31,7 +31,7 @@ from fasttune.folder import RunFolder, plain, write_text
 from fasttune.inference import Model, load
 from fasttune.ops import backend
 from fasttune.optim import Optimizer
-from fasttune.prepare import UNITS, Prepared, build_bundle, data_report, prepare, source_of
+from fasttune.prepare import UNITS, Prepared, build_bundle, data_report, prepare, source_of, width_of
 from fasttune.progress import Progress
 from fasttune.report import Report, dangers, read_records, render
 from fasttune.rows import media_kind
@@ -68,7 +68,7 @@ def finetune(
     with Signals() as signals, RunFolder(config.output).open(resume=resume) as folder:
         try:
             prepared = prepare(config, progress, signals, remote_code)
-            config = _written_out(config, prepared)
+            config = _written_out(configs.resolve_rates(config, width_of(prepared.bundle)), prepared)
             for note in prepared.notes:
                 progress.note(note)
             run = _Run(config, prepared, folder, progress, signals, device, disk or Disk())

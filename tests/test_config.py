@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from fasttune import config as configs
-from fasttune.config import SGD, AdamW, Full, Head, Lora, RunConfig
+from fasttune.config import Full, Head, Lora
 from fasttune.errors import ConfigError
 
 WHOLE = """\
@@ -255,22 +255,43 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "lr", "head_lr"), [("full", 5e-5, 5e-4), ("head", 1e-3, 1e-3), ("lora", 5e-4, 5e-4)]
+    ("strategy", "width", "lr", "head_lr"),
+    [
+        ("full", 768, 5e-5, 5e-4),
+        ("full", None, 5e-5, 5e-4),
+        ("head", 768, 5e-3, 5e-3),
+        ("lora", 768, 1e-3, 1e-3),
+        ("lora", 384, 1.7e-3, 1.7e-3),
+        ("lora", 4096, 2.7e-4, 2.7e-4),
+    ],
 )
-def test_resolve_writes_out_what_depends_on_the_strategy(strategy: str, lr: float, head_lr: float) -> None:
-    config = configs.resolve(build(strategy=strategy, model="hub/some model"), precision="bf16")
-    assert (config.train.lr, config.train.head_lr) == (lr, pytest.approx(head_lr))
+def test_learning_rates_depend_on_strategy_and_width(
+    strategy: str, width: int | None, lr: float, head_lr: float
+) -> None:
+    config = configs.resolve_rates(build(strategy=strategy), width)
+    assert config.train.lr == pytest.approx(lr)
+    assert config.train.head_lr == pytest.approx(head_lr)
+
+
+def test_resolve_writes_out_what_depends_on_the_strategy() -> None:
+    config = configs.resolve(build(strategy="lora", model="hub/some model"), precision="bf16")
     assert config.train.precision == "bf16"
     assert config.eval.batch == 64
     assert config.output == "runs/t-some-model"
-    if strategy == "lora":
-        assert isinstance(config.strategy, Lora)
-        assert config.strategy.alpha == 32
+    assert isinstance(config.strategy, Lora)
+    assert config.strategy.alpha == 32
+
+
+def test_choosing_another_kind_drops_the_settings_of_the_old_one() -> None:
+    lora = {"kind": "lora", "rank": 8}
+    assert build("strategy.kind=full", strategy=lora).strategy == Full()
+    assert build('strategy.kind="lora"', strategy=lora).strategy == Lora(rank=8)
+    assert build("strategy.kind=head", strategy={"rank": 8}).strategy == Head()
 
 
 def test_resolve_keeps_what_was_chosen() -> None:
     chosen = build("train.lr=3e-3", "train.precision=fp32", "strategy.alpha=5", "eval.batch=7", "output=here")
-    config = configs.resolve(chosen, precision="bf16")
+    config = configs.resolve_rates(configs.resolve(chosen, precision="bf16"), 768)
     assert config.train.lr == config.train.head_lr == 3e-3
     assert config.train.precision == "fp32"
     assert config.strategy == Lora(alpha=5)

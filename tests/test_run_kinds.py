@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import fasttune
 from fasttune import config as configs
-from fasttune.errors import TrainingError
+from fasttune.errors import DataError, TrainingError
 from fasttune.prepare import open_tables, open_task
 from fasttune.progress import Progress
 from fasttune.signals import Signals
@@ -327,3 +327,36 @@ def test_images_from_class_folders(tiny_vit: Path, tmp_path: Path, workers: int)
     theirs = pipeline("image-classification", str(tmp_path / "run" / "best"), top_k=None)(blue)
     scores = {entry["label"]: entry["score"] for entry in theirs}
     assert scores == pytest.approx(model.predict([{"image": blue}])[0]["scores"], abs=1e-4)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_vanishes_while_training_is_named(
+    tiny_vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """All were whole when the run began; the message is no traceback, from another process neither."""
+    from PIL import Image
+
+    from fasttune import run as runs
+
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(4):
+            Image.effect_noise((30, 30), 20).convert("RGB").save(tmp_path / "data" / name / f"{number}.png")
+    real = runs.prepare
+
+    def prepare_and_lose_one(*arguments: Any) -> Any:
+        prepared = real(*arguments)
+        (tmp_path / "data" / "cat" / "2.png").unlink()
+        return prepared
+
+    monkeypatch.setattr(runs, "prepare", prepare_and_lose_one)
+    with pytest.raises(DataError, match=r"data, row 3, column 'image': no file 'cat/2\.png'"):
+        fasttune.finetune(
+            task="image-classification",
+            model=str(tiny_vit),
+            data={"train": str(tmp_path / "data"), "valid": str(tmp_path / "data"), "workers": workers},
+            strategy="full",
+            train={"steps": 2, "precision": "fp32"},
+            output=str(tmp_path / "run"),
+            quiet=True,
+        )
