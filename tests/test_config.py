@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from fasttune import config as configs
-from fasttune.config import Full, Head, Lora
+from fasttune.config import SGD, AdamW, Full, Head, Lora, RunConfig
 from fasttune.errors import ConfigError
 
 WHOLE = """\
