@@ -22,13 +22,13 @@ class Progress:
         self.live = not quiet and sys.stderr.isatty()
         self._recent: deque[StepRecord] = deque(maxlen=_WINDOW)
         self._said = time.monotonic()
-        self._status: Any = None
+        self._bar: Any = None
 
     def note(self, text: str) -> None:
         if self.quiet:
             return
-        if self._status is not None:
-            self._status.console.print(text, markup=False, highlight=False)
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
         else:
             print(text, file=sys.stderr, flush=True)
 
@@ -42,7 +42,7 @@ class Progress:
         if self.quiet:
             return
         if self.live:
-            self._show(self._line(record, steps, epoch, memory))
+            self._show(self._line(record, steps, epoch, memory), record.step, steps)
         elif time.monotonic() - self._said > _SECONDS_BETWEEN_LINES or record.step in (1, steps):
             self._said = time.monotonic()
             self.note(self._line(record, steps, epoch, memory))
@@ -68,23 +68,26 @@ class Progress:
             f"padding {rates['padding']:.1%}  memory {memory / 1e9:.2f} GB  left {_duration(left)}"
         )
 
-    def _show(self, line: str) -> None:
-        if self._status is None:
+    def _show(self, line: str, step: int, steps: int) -> None:
+        if self._bar is None:
             from rich.console import Console
-            from rich.status import Status
+            from rich.progress import BarColumn, TextColumn
+            from rich.progress import Progress as Bar
 
-            self._status = Status(line, console=Console(stderr=True))
-            self._status.start()
-        self._status.update(line)
+            text = TextColumn("{task.description}", markup=False)
+            self._bar = Bar(BarColumn(bar_width=24), text, console=Console(stderr=True))
+            self._bar.add_task(line, total=steps)
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], completed=step, description=line)
 
     def evaluated(self, step: int, metrics: Mapping[str, Any], better: bool) -> None:
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in scalars(metrics).items())
         self.note(f"step {step} on valid: {numbers}{'  (best so far)' if better else ''}")
 
     def close(self) -> None:
-        if self._status is not None:
-            self._status.stop()
-            self._status = None
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
 
 def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -17,6 +17,7 @@ PLUGINS = ROOT / "plugins"
 
 ORDER = (
     "errors",
+    "explain",
     "config",
     "task",
     "ops",
