@@ -21,7 +21,10 @@ def run_demo(task: str, output: str | None, say: Callable[[str], None]) -> dict[
     FasttuneError if the task is missing or has no demo.
     """
     kind = load(find(task))
-    demo = kind.demo()
+    try:
+        demo = kind.demo()
+    except RuntimeError as error:  # its data are not to be had on this machine
+        raise FasttuneError(f"the demo of {task} can't be made here: {error}") from error
     if demo is None:
         raise FasttuneError(f"task {task} carries no demo")
     metric = primary_metric(kind())
