@@ -37,7 +37,9 @@ from fasttune.report import Report, dangers, read_records, render
 from fasttune.rows import media_kind
 from fasttune.signals import Signals
 from fasttune.task import primary_metric
-from fasttune.train import LossModule, StepRecord, peak_memory, train
+from fasttune.train import LossModule, StepRecord, limit_primitive_cache, peak_memory, return_free_memory, train
+
+_STEPS_BETWEEN_TRIMS = 8
 
 __all__ = ["Model", "finetune", "load"]
 
@@ -61,6 +63,7 @@ def finetune(
     if config is not None and settings:
         raise ConfigError(f"give a RunConfig or keywords, not both; found {', '.join(settings)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    limit_primitive_cache()
     config = configs.resolve(config or configs.build(settings), precision=native_precision(device))
     if isinstance(config.strategy, Lora) and config.weights == "random":
         raise ConfigError("strategy lora adapts pretrained weights; weights random needs strategy full")
@@ -243,6 +246,8 @@ class _Run:
         began = time.perf_counter() - self.best.seconds
         for record in records:
             self._log(record)
+            if self.device.type == "cpu" and record.step % _STEPS_BETWEEN_TRIMS == 0:
+                return_free_memory()
             self.best.pending = self._is_due(record)
             self.best.seconds = time.perf_counter() - began
             try:
