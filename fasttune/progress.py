@@ -73,9 +73,11 @@ class Progress:
             from rich.console import Console
             from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as Bar
+            from rich.table import Column
 
-            text = TextColumn("{task.description}", markup=False)
-            self._bar = Bar(BarColumn(bar_width=24), text, console=Console(stderr=True))
+            wrapped = Column(no_wrap=False)  # a narrow terminal gets more lines, not fewer numbers
+            text = TextColumn("{task.description}", markup=False, table_column=wrapped)
+            self._bar = Bar(BarColumn(bar_width=16), text, console=Console(stderr=True))
             self._bar.add_task(line, total=steps)
             self._bar.start()
         self._bar.update(self._bar.task_ids[0], completed=step, description=line)
