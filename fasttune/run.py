@@ -151,6 +151,9 @@ class _Run:
             f"ops: {_backends(self.device)}",
         ]
         cached = cache_features(self.prepared.bundle, strategy.cache_gb) if isinstance(strategy, Head) else None
+        if isinstance(strategy, Head) and cached is None:
+            why = "strategy.cache_gb is 0" if not strategy.cache_gb else "part of the head stands inside the base"
+            self.progress.note(f"features of the base are computed anew in every epoch: {why}")
         for note in self.prepared.notes[-3:]:
             self.progress.note(note)
         return adapted, cached
