@@ -34,6 +34,8 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PAD, UNK, CLS, SEP, MASK = range(len(SPECIAL_TOKENS))
 WINDOW = 128
 MASKED_PER_WINDOW = 38
+MAX_POSITIONS = 512
+ROPE = {"rope_theta": 160000.0, "rope_type": "default"}
 HELD_OUT_EVERY = 100
 MIN_TEXT_CHARACTERS = 30
 
@@ -218,8 +220,11 @@ def build_model(settings: Settings) -> ModernBertForMaskedLM:
         intermediate_size=settings.intermediate_size,
         num_hidden_layers=settings.layers,
         num_attention_heads=settings.heads,
-        max_position_embeddings=512,
-        layer_types=["full_attention"] * settings.layers,
+        max_position_embeddings=MAX_POSITIONS,
+        # transformers 5.13 can't read a ModernBERT without sliding layers; these slide over all there is.
+        layer_types=["full_attention"] + ["sliding_attention"] * (settings.layers - 1),
+        local_attention=2 * MAX_POSITIONS,
+        rope_parameters={kind: dict(ROPE) for kind in ("full_attention", "sliding_attention")},
         pad_token_id=PAD,
         bos_token_id=CLS,
         cls_token_id=CLS,
