@@ -254,3 +254,31 @@ def test_no_cache_where_the_head_is_inside_the_base():
     bundle = bert()
     bundle.head = ("bert.pooler", "classifier")
     assert cache_features(bundle, 1.0) is None
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    """Dropout included: its mask is drawn again from the same seed when a block is computed again."""
+    gradients = []
+    for checkpointing in (False, True):
+        bundle = bert()
+        adapted = adapt(bundle, Lora(rank=2, dropout=0.2), checkpointing=checkpointing)
+        adapted.train_mode()
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t
+        ):
+            torch.manual_seed(9)
+            loss = bundle.model(**inputs()).logits.square().sum()
+        loss.backward()
+        gradients.append(({n: p.grad for n, p in adapted.trained.items() if p.grad is not None}, sum(kept)))
+    (plain, more), (checkpointed, less) = gradients
+    assert plain.keys() == checkpointed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient)
+    assert less < more
+
+
+def test_activation_checkpointing_where_a_model_has_none_is_an_error():
+    bundle = Bundle(nn.Sequential(nn.Linear(2, 2)), None, ("0",), (), ())
+    with pytest.raises(ModelError, match="activation_checkpointing"):
+        adapt(bundle, Full(), checkpointing=True)

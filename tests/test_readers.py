@@ -239,3 +239,28 @@ def test_a_damaged_saved_dataset(tmp_path: Path) -> None:
     arrow.write_bytes(arrow.read_bytes()[:50])
     with pytest.raises(DataError, match="saved: can't be read"):
         read(str(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "identifier", "config", "split"),
+    [
+        ("owner/reviews", "owner/reviews", None, "validation"),
+        ("owner/reviews:test", "owner/reviews", None, "test"),
+        ("glue:mrpc:train", "glue", "mrpc", "train"),
+    ],
+)
+def test_hub_ids_name_their_split(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spec: str, identifier: str, config: str | None, split: str
+) -> None:
+    import datasets
+
+    asked: list[tuple[object, ...]] = []
+
+    def load_dataset(path: str, name: str | None = None, split: str | None = None) -> datasets.Dataset:
+        asked.append((path, name, split))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert len(read(spec, split="validation").dataset) == len(ROWS)
+    assert asked == [(identifier, config, split)]
