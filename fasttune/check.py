@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from fasttune import config as configs
-from fasttune.adapt import DTYPES, Adapted, adapt, native_precision
+from fasttune.adapt import Adapted, native_precision
 from fasttune.batching import Batches, Loader, cut, plan_epoch, to_device
 from fasttune.config import RunConfig
 from fasttune.data import Encoded
-from fasttune.prepare import UNITS, prepare, width_of
+from fasttune.prepare import UNITS, adapt_bundle, prepare, width_of
 from fasttune.progress import Progress
 from fasttune.rows import media_kind
 from fasttune.signals import Signals
@@ -32,15 +32,8 @@ def check(config: RunConfig, remote_code: str | None = None) -> dict[str, Any]:
     unit = UNITS[media_kind(prepared.task.columns)]
     costs = prepared.train.costs
     batches = Batches(Loader(prepared.train, prepared.bundle.padding), config.train.batch, 1, config.train.seed)
-    steps = config.train.steps or int(np.ceil(config.train.epochs * batches.per_epoch))
-    adapted = adapt(
-        prepared.bundle,
-        config.strategy,
-        dtype=DTYPES[config.train.precision],
-        device=device,
-        attention_implementation=config.train.attention,
-        checkpointing=config.train.activation_checkpointing,
-    )
+    steps = config.train.total_steps(batches.per_epoch)
+    adapted = adapt_bundle(config, prepared.bundle, device)
     trained = sum(parameter.numel() for parameter in adapted.trained.values())
     return {
         "task": f"{config.task} ({prepared.plugin.distribution} {prepared.plugin.version})",

@@ -6,6 +6,7 @@ that depends on the strategy or the machine. Every error names the key, its line
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Hashable, Mapping, Sequence
@@ -173,6 +174,10 @@ class Train(Section):
     activation_checkpointing: bool = False
     """Keep only the input of each block and compute it again in the backward pass: less memory, more time."""
     seed: int = Field(17, ge=0, lt=2**63)
+
+    def total_steps(self, per_epoch: int) -> int:
+        """Optimizer steps of a run whose epochs have `per_epoch`."""
+        return self.steps or math.ceil(self.epochs * per_epoch)
 
     @model_validator(mode="after")
     def _batch_can_be_cut(self) -> Train:

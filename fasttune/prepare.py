@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fasttune import task as tasks
+from fasttune.adapt import DTYPES, Adapted, adapt
 from fasttune.config import RunConfig, validate_options
 from fasttune.data import Checked, Encoded, check, hold_out, label_role, settle, sort_classes
 from fasttune.errors import BadRow, BadRows, DataError
@@ -76,6 +77,18 @@ def width_of(bundle: Bundle) -> int | None:
     inner = config.get_text_config() if hasattr(config, "get_text_config") else config
     width = getattr(inner, "hidden_size", None)
     return width if isinstance(width, int) else None
+
+
+def adapt_bundle(config: RunConfig, bundle: Bundle, device: torch.device) -> Adapted:
+    """The bundle's model, made trainable as the run asks."""
+    return adapt(
+        bundle,
+        config.strategy,
+        dtype=DTYPES[config.train.precision],
+        device=device,
+        attention_implementation=config.train.attention,
+        checkpointing=config.train.activation_checkpointing,
+    )
 
 
 @dataclass

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from fasttune import config as configs
-from fasttune.adapt import DTYPES, Adapted, adapt, native_precision
+from fasttune.adapt import Adapted, native_precision
 from fasttune.batching import Batches, Loader, MicroBatch, Position, plan_in_order_of_cost, to_device
 from fasttune.checkpoint import Checkpoints, Disk, State, disk_fault, verify
 from fasttune.config import Head, Lora, RunConfig
@@ -31,7 +31,7 @@ from fasttune.folder import RunFolder, plain, write_text
 from fasttune.inference import Model, load
 from fasttune.ops import backend
 from fasttune.optim import Optimizer
-from fasttune.prepare import UNITS, Prepared, build_bundle, data_report, prepare, source_of, width_of
+from fasttune.prepare import UNITS, Prepared, adapt_bundle, build_bundle, data_report, prepare, source_of, width_of
 from fasttune.progress import Progress
 from fasttune.report import Report, dangers, read_records, render
 from fasttune.rows import media_kind
@@ -128,21 +128,14 @@ class _Run:
         self.batches, self.valid = self._loaders()
         if self.cached is not None:
             self._fill_cache(self.cached)
-        self.steps = config.train.steps or math.ceil(config.train.epochs * self.batches.per_epoch)
+        self.steps = config.train.total_steps(self.batches.per_epoch)
         self.optimizer = Optimizer(self.adapted, config.train, self.steps)
         self.progress.unit = UNITS[media_kind(prepared.task.columns)]
         self._check_space()
 
     def _adapt(self) -> tuple[Adapted, CachedBase | None]:
         train, strategy = self.config.train, self.config.strategy
-        adapted = adapt(
-            self.prepared.bundle,
-            strategy,
-            dtype=DTYPES[train.precision],
-            device=self.device,
-            attention_implementation=train.attention,
-            checkpointing=train.activation_checkpointing,
-        )
+        adapted = adapt_bundle(self.config, self.prepared.bundle, self.device)
         trained = sum(parameter.numel() for parameter in adapted.trained.values())
         everything = sum(parameter.numel() for parameter in self.prepared.bundle.model.parameters())
         self.prepared.notes += [
