@@ -5,9 +5,13 @@
 #include <torch/version.h>
 
 #include <array>
+#include <optional>
 #include <string>
+#include <tuple>
 
+#include "cpu/attention.h"
 #include "cpu/kernels.h"
+#include "cpu/vector.h"
 #include "philox.h"
 
 #define FASTTUNE_TEXT_(x) #x
@@ -71,6 +75,75 @@ void dropout_add_(at::Tensor& acc, const at::Tensor& x, double p, const at::Tens
   cpu::dropout(dropout_params(input, acc, p, seed, true));
 }
 
+#ifdef FASTTUNE_VECTORS
+
+at::Tensor unit_width(const at::Tensor& x) {
+  return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
+}
+
+cpu::AttentionCall attention_call(const at::Tensor& query, const at::Tensor& key,
+                                  const at::Tensor& value, const std::optional<at::Tensor>& mask,
+                                  double scale, double p, const std::optional<at::Tensor>& seed) {
+  const at::ScalarType type = query.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16,
+                   "attention: expected float32 or bfloat16 on CPU, found ", type);
+  TORCH_CHECK_VALUE(query.dim() == 4 && key.dim() == 4 && key.sizes() == value.sizes() &&
+                        key.size(0) == query.size(0) && key.size(3) == query.size(3) &&
+                        key.size(1) > 0 && query.size(1) % key.size(1) == 0 &&
+                        key.scalar_type() == type && value.scalar_type() == type,
+                    "attention: query ", query.sizes(), ", key ", key.sizes(), " and value ",
+                    value.sizes(), " do not fit");
+  cpu::AttentionCall call{unit_width(query), unit_width(key), unit_width(value)};
+  if (mask.has_value()) {
+    const at::Tensor full =
+        mask->to(type).expand({query.size(0), query.size(1), query.size(2), key.size(2)});
+    call.mask = unit_width(full);
+  }
+  call.scale = static_cast<float>(scale);
+  call.p = seed.has_value() ? p : 0.0;
+  if (seed.has_value()) {
+    check_dropout(p, *seed);
+    call.seed = static_cast<uint64_t>(seed->item<int64_t>());
+  }
+  return call;
+}
+
+// As [b, heads, length, d] over memory in which the heads of a position lie side by side, as the
+// linear layers before and after attention have them.
+at::Tensor heads_side_by_side(const at::Tensor& like) {
+  return at::empty({like.size(0), like.size(2), like.size(1), like.size(3)}, like.options())
+      .transpose(1, 2);
+}
+
+std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& query, const at::Tensor& key,
+                                             const at::Tensor& value,
+                                             const std::optional<at::Tensor>& mask, double scale,
+                                             double p, const std::optional<at::Tensor>& seed) {
+  cpu::AttentionCall call = attention_call(query, key, value, mask, scale, p, seed);
+  call.stats = at::empty({query.size(0), query.size(1), query.size(2), 2},
+                         query.options().dtype(at::kFloat));
+  const at::Tensor out = heads_side_by_side(query);
+  cpu::attention(call, out);
+  return {out.transpose(1, 2), call.stats};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(
+    const at::Tensor& dout, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+    const std::optional<at::Tensor>& mask, const at::Tensor& out, const at::Tensor& stats,
+    double scale, double p, const std::optional<at::Tensor>& seed) {
+  cpu::AttentionCall call = attention_call(query, key, value, mask, scale, p, seed);
+  call.stats = stats.contiguous();
+  TORCH_CHECK_VALUE(dout.sizes() == out.sizes() && dout.scalar_type() == query.scalar_type(),
+                    "attention_backward: dout ", dout.sizes(), " does not fit out ", out.sizes());
+  const at::Tensor dq = heads_side_by_side(query), dk = heads_side_by_side(key);
+  const at::Tensor dv = heads_side_by_side(value);
+  cpu::attention_backward(call, unit_width(out).transpose(1, 2), unit_width(dout).transpose(1, 2),
+                          dq, dk, dv);
+  return {dq, dk, dv};
+}
+
+#endif  // FASTTUNE_VECTORS
+
 std::string compiler() {
 #if defined(__clang__)
   return "clang " __clang_version__;
@@ -105,6 +178,10 @@ py::dict build_info() {
 TORCH_LIBRARY_IMPL(fasttune, CPU, m) {
   m.impl("dropout_seeded", &fasttune::dropout_seeded);
   m.impl("dropout_add_", &fasttune::dropout_add_);
+#ifdef FASTTUNE_VECTORS
+  m.impl("attention", &fasttune::attention);
+  m.impl("attention_backward", &fasttune::attention_backward);
+#endif
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasttune.ops import dropout as counter_dropout
+from fasttune.ops import attention
 
 NAME = "fasttune"
 _PLAIN_ARGUMENTS = frozenset(
@@ -30,22 +30,16 @@ def plain_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     **_: Any,
-) -> tuple[Tensor, Tensor]:
-    """softmax(query keyᵀ · scaling + mask) value.
+) -> tuple[Tensor, None]:
+    """softmax(query keyᵀ · scaling + mask) value, by `fasttune.ops.attention`.
 
-    query: [rows, heads, queries, width]. key, value: [rows, heads or fewer, keys, width]; fewer are repeated
-    (grouped-query attention). attention_mask: additive, broadcast to [rows, heads, queries, keys]. scaling:
-    width ** -0.5 if None. Returns the result [rows, queries, heads, width] and the weights.
+    query: [rows, heads, queries, width]. key, value: [rows, heads or fewer, keys, width]. attention_mask: additive,
+    broadcast to [rows, heads, queries, at least keys]. scaling: width ** -0.5 if None. Returns the result
+    [rows, queries, heads, width]; weights never exist as a whole.
     """
-    if key.shape[1] != query.shape[1]:
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = torch.matmul(query * (query.shape[-1] ** -0.5 if scaling is None else scaling), key.transpose(2, 3))
-    if attention_mask is not None:
-        scores = scores + attention_mask[..., : key.shape[-2]]
-    weights = torch.softmax(scores, dim=-1)
-    weights = counter_dropout(weights, dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+    mask = None if attention_mask is None else attention_mask[..., : key.shape[-2]]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attention(query, key, value, mask, scale=scale, dropout=dropout, training=module.training), None
 
 
 def choose(model: Any, wanted: str, dtype: torch.dtype, device: torch.device) -> str:

@@ -269,16 +269,22 @@ Isa isa() {
   return chosen;
 }
 
+DrawFn draw_here() {
+#ifdef FASTTUNE_X86
+  if (isa() == Isa::kAvx512) return draw_avx512;
+  if (isa() == Isa::kAvx2) return draw_avx2;
+#endif
+  return draw_default;
+}
+
 template <typename T, bool kAccumulate>
 void run(const DropoutParams& params) {
-  DrawFn draw = draw_default;
+  const DrawFn draw = draw_here();
   auto apply = apply_default<T, kAccumulate>;
 #ifdef FASTTUNE_X86
   if (isa() == Isa::kAvx512) {
-    draw = draw_avx512;
     apply = apply_avx512<T, kAccumulate>;
   } else if (isa() == Isa::kAvx2) {
-    draw = draw_avx2;
     apply = apply_avx2<T, kAccumulate>;
   }
 #endif
@@ -316,6 +322,16 @@ void dropout(const DropoutParams& params) {
       return run<Half>(params);
     case DType::kBFloat16:
       return run<BFloat16>(params);
+  }
+}
+
+void draw_mask(uint64_t seed, uint64_t first, int64_t n, double p, uint16_t* bits) {
+  const uint64_t threshold = dropout_threshold(p), skip = first % 4;
+  n += static_cast<int64_t>(skip);
+  if (threshold > UINT32_MAX) {
+    std::fill(bits, bits + (n + 31) / 16, 0);
+  } else {
+    draw_here()(seed, first - skip, n, static_cast<uint32_t>(threshold), bits);
   }
 }
 

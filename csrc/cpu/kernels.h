@@ -22,6 +22,11 @@ struct DropoutParams {
 
 void dropout(const DropoutParams& params);
 
+// Draws, on this thread, the mask of n elements from element `first` on: bit first % 4 + i of
+// `bits` is set where element first + i is kept. bits: [(n + kDrawSlack) / 16].
+constexpr int64_t kDrawSlack = 4 + 128 + 32 + 15;
+void draw_mask(uint64_t seed, uint64_t first, int64_t n, double p, uint16_t* bits);
+
 // The instruction set that the kernels use on this machine: "avx512", "avx2" or "default".
 const char* capability();
 

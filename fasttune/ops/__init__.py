@@ -1,8 +1,9 @@
 """The ops that carry a fine-tuning step. Each file: the op, its plain PyTorch reference, its registration."""
 
+from fasttune.ops.attention import attention
 from fasttune.ops.cross_entropy import cross_entropy
 from fasttune.ops.dropout import dropout
 from fasttune.ops.library import Backend, backend, build_info
 from fasttune.ops.lora_linear import lora_linear
 
-__all__ = ["Backend", "backend", "build_info", "cross_entropy", "dropout", "lora_linear"]
+__all__ = ["Backend", "attention", "backend", "build_info", "cross_entropy", "dropout", "lora_linear"]

@@ -1,0 +1,376 @@
+// Attention on CPU, a few heads of one batch row at a time: PyTorch's batched products, and between
+// them the softmax with its dropout over scores that are still in the second-level cache. Nothing
+// of size queries x keys leaves a thread; the backward computes the scores again.
+#include "attention.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+#include "vector.h"
+
+#ifdef FASTTUNE_VECTORS
+
+namespace fasttune::cpu {
+namespace {
+
+constexpr int64_t kScoreBytes =
+    384 * 1024;                    // of one block of scores: two of them fit a cache of 1 MB
+constexpr int64_t kMultiple = 16;  // odd sizes make oneDNN's products up to three times slower
+
+int64_t round_up(int64_t n) { return (n + kMultiple - 1) / kMultiple * kMultiple; }
+
+// b: batch rows. g: query heads that share one key head. q, k: queries and keys. d: width of a
+// head.
+struct Shape {
+  int64_t b, key_heads, g, q, k, d;
+  int64_t rows() const { return g * q; }  // of scores, a key head
+  int64_t padded_rows() const { return round_up(rows()); }
+  int64_t padded_keys() const { return round_up(k); }
+  int64_t heads() const { return key_heads * g; }
+};
+
+Shape shape_of(const at::Tensor& query, const at::Tensor& key) {
+  return {query.size(0), key.size(1), query.size(1) / key.size(1),
+          query.size(2), key.size(2), query.size(3)};
+}
+
+// Key heads a block holds, and how many blocks cover all batch rows.
+struct Blocks {
+  int64_t heads, of_row, count;
+};
+
+Blocks blocks_of(const Shape& s, int64_t item) {
+  const int64_t bytes = s.padded_rows() * s.padded_keys() * item;
+  const int64_t heads =
+      std::clamp<int64_t>(kScoreBytes / std::max<int64_t>(bytes, 1), 1, s.key_heads);
+  const int64_t of_row = (s.key_heads + heads - 1) / heads;
+  return {heads, of_row, s.b * of_row};
+}
+
+// [heads, length, width] of one batch row, of any strides but a unit one for the width, into the
+// dense buffer [key heads, padded length, width] of a block; zeros in the padding.
+template <typename T>
+void pack(const at::Tensor& from, int64_t b, int64_t head, int64_t heads, int64_t g,
+          const at::Tensor& buffer) {
+  const int64_t length = from.size(2), width = from.size(3), padded = buffer.size(1);
+  const T* base = from.const_data_ptr<T>() + b * from.stride(0) + head * g * from.stride(1);
+  T* out = buffer.mutable_data_ptr<T>();
+  for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t j = 0; j < g; ++j, base += from.stride(1)) {
+      const T* in = base;
+      for (int64_t i = 0; i < length; ++i, out += width, in += from.stride(2)) {
+        std::memcpy(static_cast<void*>(out), in, width * sizeof(T));
+      }
+    }
+    const int64_t rest = (padded - g * length) * width;
+    std::memset(static_cast<void*>(out), 0, rest * sizeof(T));
+    out += rest;
+  }
+}
+
+template <typename T>
+void unpack(const at::Tensor& buffer, const at::Tensor& to, int64_t b, int64_t head, int64_t heads,
+            int64_t g) {
+  const int64_t length = to.size(2), width = to.size(3), padded = buffer.size(1);
+  T* base = to.mutable_data_ptr<T>() + b * to.stride(0) + head * g * to.stride(1);
+  const T* in = buffer.const_data_ptr<T>();
+  for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t j = 0; j < g; ++j, base += to.stride(1)) {
+      T* out = base;
+      for (int64_t i = 0; i < length; ++i, in += width, out += to.stride(2)) {
+        std::memcpy(static_cast<void*>(out), in, width * sizeof(T));
+      }
+    }
+    in += (padded - g * length) * width;
+  }
+}
+
+// What the rows of one block need; dense buffers are [key heads, padded rows, padded keys or
+// width].
+template <typename T>
+struct Rows {
+  T* scores;     // raw on entry; the dropped weights afterwards
+  T* dweights;   // null in the forward; the gradient of the dropped weights, then of the raw scores
+  const T* out;  // of the forward, and its gradient: their product is the softmax's correction
+  const T* dout;
+  const T* mask;  // added to the scaled scores, or null; strides below
+  int64_t mask_head, mask_query;
+  const uint16_t* kept;  // bit `skip` is the block's first element; null without dropout
+  int64_t skip;
+  float scale, keep_scale;  // of the scores; 1 / (1 - p)
+  float* wide;              // [padded keys]
+  float* stats;  // [heads x queries, 2]: the maximum, and 1 / sum of exp(score - maximum)
+};
+
+// Sixteen bits from bit i on.
+FASTTUNE_INLINE uint32_t bits_at(const uint16_t* bits, int64_t i) {
+  uint32_t word;
+  std::memcpy(&word, reinterpret_cast<const char*>(bits) + i / 8, sizeof word);
+  return word >> (i % 8) & 0xFFFFu;
+}
+
+FASTTUNE_INLINE F16 where_kept(uint32_t bits, F16 v) {
+  const U16 lane = {1u << 0, 1u << 1, 1u << 2,  1u << 3,  1u << 4,  1u << 5,  1u << 6,  1u << 7,
+                    1u << 8, 1u << 9, 1u << 10, 1u << 11, 1u << 12, 1u << 13, 1u << 14, 1u << 15};
+  return ((U16{} + bits) & lane) != 0u ? v : F16{};
+}
+
+// Lanes beyond the row are -inf, so that they weigh nothing; the buffer has room for them.
+template <typename T>
+FASTTUNE_INLINE F16 score(const T* scores, const T* mask, float scale, int64_t j, int64_t n) {
+  const F16 v = load(scores + j) * scale;
+  if (n - j >= kLanes) return mask ? v + load(mask + j) : v;
+  const I16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const F16 masked = mask ? v + load_some(mask + j, n - j, 0.0f) : v;
+  return lane < static_cast<int32_t>(n - j) ? masked : all(-INFINITY);
+}
+
+template <typename T>
+FASTTUNE_INLINE void softmax_row(const Rows<T>& rows, T* scores, const T* mask, int64_t n,
+                                 int64_t bit, float* stats) {
+  F16 top = all(-INFINITY);
+  for (int64_t j = 0; j < n; j += kLanes) {
+    const F16 v = score(scores, mask, rows.scale, j, n);
+    store(rows.wide + j, v);
+    top = larger(v, top);
+  }
+  const float max = largest_of_lanes(top);
+  F16 sum = {};
+  for (int64_t j = 0; j < n; j += kLanes) {
+    const F16 e = exp(load(rows.wide + j) - max);
+    store(rows.wide + j, e);
+    sum += e;
+  }
+  const float inverse = 1.0f / sum_of_lanes(sum);
+  stats[0] = max;
+  stats[1] = inverse;
+  const float factor = inverse * rows.keep_scale;
+  for (int64_t j = 0; j < n; j += kLanes) {
+    F16 weight = load(rows.wide + j) * factor;
+    if (rows.kept) weight = where_kept(bits_at(rows.kept, bit + j), weight);
+    store(scores + j, weight);
+  }
+}
+
+template <typename T>
+FASTTUNE_INLINE float dot(const T* a, const T* b, int64_t n) {
+  F16 sum = {};
+  for (int64_t j = 0; j < n; j += kLanes) {
+    sum += n - j >= kLanes ? load(a + j) * load(b + j)
+                           : load_some(a + j, n - j, 0.0f) * load_some(b + j, n - j, 0.0f);
+  }
+  return sum_of_lanes(sum);
+}
+
+// w: weight, m: mask / (1 - p), dw: the gradient of m w. That of a raw score is
+// scale w (m dw - sum over the row of m w dw), and the sum is the row's out . dout.
+template <typename T>
+FASTTUNE_INLINE void softmax_backward_row(const Rows<T>& rows, T* scores, T* dweights,
+                                          const T* mask, int64_t n, int64_t bit, const float* stats,
+                                          float sum) {
+  for (int64_t j = 0; j < n; j += kLanes) {
+    const F16 weight = exp(score(scores, mask, rows.scale, j, n) - stats[0]) * stats[1];
+    F16 dropped = weight, incoming = load(dweights + j);
+    if (rows.kept) {
+      const uint32_t bits = bits_at(rows.kept, bit + j);
+      dropped = where_kept(bits, weight * rows.keep_scale);
+      incoming = where_kept(bits, incoming * rows.keep_scale);
+    }
+    store(scores + j, dropped);
+    store(dweights + j, weight * rows.scale * (incoming - sum));
+  }
+}
+
+template <typename T>
+FASTTUNE_INLINE void all_rows(const Shape& s, int64_t head, int64_t heads, const Rows<T>& rows) {
+  for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t r = 0; r < s.rows(); ++r) {
+      const int64_t at = h * s.padded_rows() + r, row = h * s.rows() + r;
+      const T* mask = rows.mask ? rows.mask + (head * s.g + row / s.q) * rows.mask_head +
+                                      r % s.q * rows.mask_query
+                                : nullptr;
+      T* scores = rows.scores + at * s.padded_keys();
+      const int64_t bit = rows.skip + row * s.k;
+      float* stats = rows.stats + 2 * row;
+      if (rows.dweights == nullptr) {
+        softmax_row(rows, scores, mask, s.k, bit, stats);
+      } else {
+        softmax_backward_row(rows, scores, rows.dweights + at * s.padded_keys(), mask, s.k, bit,
+                             stats, dot(rows.out + at * s.d, rows.dout + at * s.d, s.d));
+      }
+    }
+  }
+}
+
+template <typename T>
+using AllRows = void (*)(const Shape&, int64_t, int64_t, const Rows<T>&);
+
+template <typename T>
+void all_rows_default(const Shape& s, int64_t head, int64_t heads, const Rows<T>& rows) {
+  all_rows(s, head, heads, rows);
+}
+
+#if defined(__x86_64__)
+template <typename T>
+__attribute__((target("avx2,fma"))) void all_rows_avx2(const Shape& s, int64_t head, int64_t heads,
+                                                       const Rows<T>& rows) {
+  all_rows(s, head, heads, rows);
+}
+
+template <typename T>
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void all_rows_avx512(
+    const Shape& s, int64_t head, int64_t heads, const Rows<T>& rows) {
+  all_rows(s, head, heads, rows);
+}
+#endif
+
+template <typename T>
+AllRows<T> all_rows_here() {
+#if defined(__x86_64__)
+  const std::string name = capability();
+  if (name == "avx512") return all_rows_avx512<T>;
+  if (name == "avx2") return all_rows_avx2<T>;
+#endif
+  return all_rows_default<T>;
+}
+
+// A thread's buffers for one block of heads, and the block itself: the heads [head, head + heads)
+// of batch row b.
+template <typename T>
+struct Block {
+  const AttentionCall& call;
+  const Shape s;
+  const Blocks blocks;
+  at::Tensor q, k, v, out, scores;
+  std::vector<uint16_t> bits;
+  std::vector<float> wide;
+  const AllRows<T> kernel = all_rows_here<T>();
+  int64_t b = 0, head = 0, heads = 0;
+
+  Block(const AttentionCall& attention, const Shape& shape, const Blocks& all_blocks)
+      : call(attention), s(shape), blocks(all_blocks), wide(s.padded_keys()) {
+    q = rows_buffer(s.padded_rows(), s.d);
+    k = rows_buffer(s.padded_keys(), s.d);
+    v = rows_buffer(s.padded_keys(), s.d);
+    out = rows_buffer(s.padded_rows(), s.d);
+    scores = rows_buffer(s.padded_rows(), s.padded_keys());
+    if (call.p > 0) bits.resize((blocks.heads * s.rows() * s.k + kDrawSlack) / 16);
+  }
+
+  at::Tensor rows_buffer(int64_t rows, int64_t width) const {
+    return at::empty({blocks.heads, rows, width}, call.query.options());
+  }
+
+  at::Tensor used(const at::Tensor& buffer) const { return buffer.narrow(0, 0, heads); }
+
+  void load(int64_t i) {
+    b = i / blocks.of_row;
+    head = i % blocks.of_row * blocks.heads;
+    heads = std::min(blocks.heads, s.key_heads - head);
+    pack<T>(call.query, b, head, heads, s.g, q);
+    pack<T>(call.key, b, head, heads, 1, k);
+    pack<T>(call.value, b, head, heads, 1, v);
+  }
+
+  // dst [heads, n, m] = a [heads, n, l] b [heads, l, m]
+  void product(const at::Tensor& dst, const at::Tensor& a, const at::Tensor& b_) const {
+    at::Tensor result = used(dst);
+    at::bmm_out(result, used(a), used(b_));
+  }
+
+  void run_rows(const at::Tensor& dweights, const at::Tensor& dout) {
+    const int64_t first_row = (b * s.key_heads + head) * s.rows();
+    Rows<T> rows{};
+    rows.scores = scores.mutable_data_ptr<T>();
+    rows.stats = call.stats.mutable_data_ptr<float>() + 2 * first_row;
+    rows.wide = wide.data();
+    rows.scale = call.scale;
+    rows.keep_scale = 1.0f;
+    if (dweights.defined()) {
+      rows.dweights = dweights.mutable_data_ptr<T>();
+      rows.out = out.const_data_ptr<T>();
+      rows.dout = dout.const_data_ptr<T>();
+    }
+    if (call.mask.defined()) {
+      rows.mask = call.mask.const_data_ptr<T>() + b * call.mask.stride(0);
+      rows.mask_head = call.mask.stride(1);
+      rows.mask_query = call.mask.stride(2);
+    }
+    if (call.p > 0) {
+      const uint64_t first = static_cast<uint64_t>(first_row) * static_cast<uint64_t>(s.k);
+      draw_mask(call.seed, first, heads * s.rows() * s.k, call.p, bits.data());
+      rows.kept = bits.data();
+      rows.skip = static_cast<int64_t>(first % 4);
+      rows.keep_scale = call.p < 1 ? static_cast<float>(1.0 / (1.0 - call.p)) : 0.0f;
+    }
+    kernel(s, head, heads, rows);
+  }
+};
+
+template <typename T>
+void forward(const AttentionCall& call, const at::Tensor& out) {
+  const Shape s = shape_of(call.query, call.key);
+  const Blocks blocks = blocks_of(s, sizeof(T));
+  at::parallel_for(0, blocks.count, 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView guard;  // a worker thread knows of no mode yet
+    Block<T> block(call, s, blocks);
+    for (int64_t i = begin; i < end; ++i) {
+      block.load(i);
+      block.product(block.scores, block.q, block.k.transpose(1, 2));
+      block.run_rows({}, {});
+      block.product(block.out, block.scores, block.v);
+      unpack<T>(block.out, out, block.b, block.head, block.heads, s.g);
+    }
+  });
+}
+
+template <typename T>
+void backward(const AttentionCall& call, const at::Tensor& out, const at::Tensor& dout,
+              const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& dv) {
+  const Shape s = shape_of(call.query, call.key);
+  const Blocks blocks = blocks_of(s, sizeof(T));
+  at::parallel_for(0, blocks.count, 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    Block<T> block(call, s, blocks);
+    const at::Tensor dout_block = at::empty_like(block.q);
+    const at::Tensor dscores = at::empty_like(block.scores);
+    for (int64_t i = begin; i < end; ++i) {
+      block.load(i);
+      pack<T>(out, block.b, block.head, block.heads, s.g, block.out);
+      pack<T>(dout, block.b, block.head, block.heads, s.g, dout_block);
+      block.product(block.scores, block.q, block.k.transpose(1, 2));
+      block.product(dscores, dout_block, block.v.transpose(1, 2));
+      block.run_rows(dscores, dout_block);
+      block.product(block.v, block.scores.transpose(1, 2), dout_block);
+      unpack<T>(block.v, dv, block.b, block.head, block.heads, 1);
+      block.product(block.out, dscores, block.k);
+      unpack<T>(block.out, dq, block.b, block.head, block.heads, s.g);
+      block.product(block.k, dscores.transpose(1, 2), block.q);
+      unpack<T>(block.k, dk, block.b, block.head, block.heads, 1);
+    }
+  });
+}
+
+}  // namespace
+
+void attention(const AttentionCall& call, const at::Tensor& out) {
+  call.query.scalar_type() == at::kFloat ? forward<float>(call, out)
+                                         : forward<c10::BFloat16>(call, out);
+}
+
+void attention_backward(const AttentionCall& call, const at::Tensor& out, const at::Tensor& dout,
+                        const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& dv) {
+  call.query.scalar_type() == at::kFloat ? backward<float>(call, out, dout, dq, dk, dv)
+                                         : backward<c10::BFloat16>(call, out, dout, dq, dk, dv);
+}
+
+}  // namespace fasttune::cpu
+
+#endif  // FASTTUNE_VECTORS
