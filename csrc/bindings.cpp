@@ -9,8 +9,9 @@
 #include <string>
 #include <tuple>
 
-#include "cpu/attention.h"
+#include "cpu/allocator.h"
 #include "cpu/kernels.h"
+#include "cpu/products.h"
 #include "cpu/vector.h"
 #include "philox.h"
 
@@ -73,6 +74,29 @@ void dropout_add_(at::Tensor& acc, const at::Tensor& x, double p, const at::Tens
                     " and ", x.scalar_type(), ", found ", acc.sizes(), " and ", acc.scalar_type());
   const at::Tensor input = x.contiguous();
   cpu::dropout(dropout_params(input, acc, p, seed, true));
+}
+
+at::Tensor lora_input_backward(const at::Tensor& x, const at::Tensor& dlow, const at::Tensor& a,
+                               const std::optional<at::Tensor>& dx, double p,
+                               const std::optional<at::Tensor>& seed) {
+  const at::ScalarType type = x.scalar_type();
+  const at::ScalarType wide = type == at::kDouble ? at::kDouble : at::kFloat;
+  TORCH_CHECK_VALUE(x.dim() == 2 && a.dim() == 2 && a.size(1) == x.size(1) && dlow.dim() == 2 &&
+                        dlow.size(0) == x.size(0) && dlow.size(1) == a.size(0) &&
+                        a.scalar_type() == type && dlow.scalar_type() == type,
+                    "lora_input_backward: x ", x.sizes(), ", dlow ", dlow.sizes(), " and a ",
+                    a.sizes(), " do not fit, or their types differ");
+  TORCH_CHECK_VALUE(!dx.has_value() || (dx->is_contiguous() && dx->sizes() == x.sizes() &&
+                                        dx->scalar_type() == type),
+                    "lora_input_backward: dx must be contiguous and match x");
+  if (!seed.has_value()) {
+    if (dx.has_value()) dx->addmm_(dlow, a);
+    return at::mm(dlow.t(), x).to(wide);
+  }
+  check_dropout(p, *seed);
+  const at::Tensor input = x.contiguous();
+  const cpu::DropoutParams dropout = dropout_params(input, input, p, *seed, false);
+  return cpu::lora_input_backward(dropout, input, dlow, a, dx.value_or(at::Tensor())).to(wide);
 }
 
 #ifdef FASTTUNE_VECTORS
@@ -178,6 +202,7 @@ py::dict build_info() {
 TORCH_LIBRARY_IMPL(fasttune, CPU, m) {
   m.impl("dropout_seeded", &fasttune::dropout_seeded);
   m.impl("dropout_add_", &fasttune::dropout_add_);
+  m.impl("lora_input_backward", &fasttune::lora_input_backward);
 #ifdef FASTTUNE_VECTORS
   m.impl("attention", &fasttune::attention);
   m.impl("attention_backward", &fasttune::attention_backward);
@@ -187,6 +212,12 @@ TORCH_LIBRARY_IMPL(fasttune, CPU, m) {
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &fasttune::build_info,
         "What was compiled: compiler, torch, revision, cuda, architectures, cpu, openmp.");
+  m.def("keep_memory", &fasttune::cpu::keep_memory,
+        "Larger CPU tensors keep their pages from now on; False where that is impossible.");
+  m.def("kept_bytes", [] {
+    const fasttune::cpu::KeptBytes bytes = fasttune::cpu::kept_bytes();
+    return std::array<int64_t, 2>{bytes.live, bytes.touched};
+  });
   m.def("philox4x32_10", [](std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
     const fasttune::Philox4 in{{counter[0], counter[1], counter[2], counter[3]}};
     const fasttune::Philox4 out = fasttune::philox4x32_10(in, key[0], key[1]);

@@ -1,7 +1,6 @@
 // Attention on CPU, a few heads of one batch row at a time: PyTorch's batched products, and between
 // them the softmax with its dropout over scores that are still in the second-level cache. Nothing
 // of size queries x keys leaves a thread; the backward computes the scores again.
-#include "attention.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -13,6 +12,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "products.h"
 #include "vector.h"
 
 #ifdef FASTTUNE_VECTORS

@@ -29,7 +29,6 @@ using c10::BFloat16;
 using c10::Half;
 
 constexpr int64_t kPiece = 4096;        // elements
-constexpr int64_t kOvershoot = 128;     // elements; no path draws more at a time
 constexpr int64_t kGrain = 8 * kPiece;  // elements a thread takes at least
 
 template <typename T>
@@ -278,51 +277,57 @@ DrawFn draw_here() {
 }
 
 template <typename T, bool kAccumulate>
-void run(const DropoutParams& params) {
-  const DrawFn draw = draw_here();
-  auto apply = apply_default<T, kAccumulate>;
+void apply(const DropoutParams& params, int64_t first, int64_t n, const uint16_t* bits) {
+  auto here = apply_default<T, kAccumulate>;
 #ifdef FASTTUNE_X86
   if (isa() == Isa::kAvx512) {
-    apply = apply_avx512<T, kAccumulate>;
+    here = apply_avx512<T, kAccumulate>;
   } else if (isa() == Isa::kAvx2) {
-    apply = apply_avx2<T, kAccumulate>;
+    here = apply_avx2<T, kAccumulate>;
   }
 #endif
-  const T* x = static_cast<const T*>(params.x);
-  T* out = static_cast<T*>(params.out);
-  const uint64_t threshold = dropout_threshold(params.p);
-  const bool none_kept = threshold > UINT32_MAX;
-  const double scale = none_kept ? 0.0 : 1.0 / (1.0 - params.p);
-  const int64_t pieces = (params.n + kPiece - 1) / kPiece;
-  at::parallel_for(0, pieces, kGrain / kPiece, [&](int64_t begin, int64_t end) {
-    uint16_t bits[(kPiece + kOvershoot) / 16] = {};
-    for (int64_t piece = begin; piece < end; ++piece) {
-      const int64_t first = piece * kPiece;
-      const int64_t n = std::min(kPiece, params.n - first);
-      if (!none_kept) draw(params.seed, first, n, static_cast<uint32_t>(threshold), bits);
-      apply(x + first, out + first, bits, n, scale);
-    }
-  });
+  const double scale = dropout_threshold(params.p) > UINT32_MAX ? 0.0 : 1.0 / (1.0 - params.p);
+  here(static_cast<const T*>(params.x) + first, static_cast<T*>(params.out) + first, bits, n,
+       scale);
 }
 
 template <typename T>
-void run(const DropoutParams& params) {
-  params.accumulate ? run<T, true>(params) : run<T, false>(params);
+void apply(const DropoutParams& params, int64_t first, int64_t n, const uint16_t* bits) {
+  params.accumulate ? apply<T, true>(params, first, n, bits)
+                    : apply<T, false>(params, first, n, bits);
+}
+
+// Elements [first, first + n), whose mask starts at bit 0.
+void apply(const DropoutParams& params, int64_t first, int64_t n, const uint16_t* bits) {
+  switch (params.dtype) {
+    case DType::kFloat64:
+      return apply<double>(params, first, n, bits);
+    case DType::kFloat32:
+      return apply<float>(params, first, n, bits);
+    case DType::kFloat16:
+      return apply<Half>(params, first, n, bits);
+    case DType::kBFloat16:
+      return apply<BFloat16>(params, first, n, bits);
+  }
 }
 
 }  // namespace
 
 void dropout(const DropoutParams& params) {
-  switch (params.dtype) {
-    case DType::kFloat64:
-      return run<double>(params);
-    case DType::kFloat32:
-      return run<float>(params);
-    case DType::kFloat16:
-      return run<Half>(params);
-    case DType::kBFloat16:
-      return run<BFloat16>(params);
-  }
+  const int64_t pieces = (params.n + kPiece - 1) / kPiece;
+  at::parallel_for(0, pieces, kGrain / kPiece, [&](int64_t begin, int64_t end) {
+    uint16_t bits[(kPiece + kDrawSlack) / 16];
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t first = piece * kPiece;
+      const int64_t n = std::min(kPiece, params.n - first);
+      draw_mask(params.seed, static_cast<uint64_t>(first), n, params.p, bits);
+      apply(params, first, n, bits);
+    }
+  });
+}
+
+void apply_mask(const DropoutParams& params, const uint16_t* bits) {
+  apply(params, 0, params.n, bits);
 }
 
 void draw_mask(uint64_t seed, uint64_t first, int64_t n, double p, uint16_t* bits) {

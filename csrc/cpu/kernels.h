@@ -27,6 +27,10 @@ void dropout(const DropoutParams& params);
 constexpr int64_t kDrawSlack = 4 + 128 + 32 + 15;
 void draw_mask(uint64_t seed, uint64_t first, int64_t n, double p, uint16_t* bits);
 
+// What dropout does, on this thread, with a mask whose bit 0 is x's first element; the seed is not
+// used.
+void apply_mask(const DropoutParams& params, const uint16_t* bits);
+
 // The instruction set that the kernels use on this machine: "avx512", "avx2" or "default".
 const char* capability();
 

@@ -17,8 +17,7 @@ from torch import Tensor
 from fasttune.ops.dropout import DTYPES, check_p, draw_seed
 from fasttune.ops.library import LIBRARY, OPS, Op
 
-dropout_seeded = torch.ops.fasttune.dropout_seeded
-dropout_add_ = torch.ops.fasttune.dropout_add_
+ops = torch.ops.fasttune
 
 
 def lora_linear(
@@ -74,7 +73,7 @@ def lora_linear_reference(
     seed: Tensor | None,
 ) -> Tensor:
     """The specification, x [rows, in] -> [rows, out]: PyTorch's ops, differentiable in every argument."""
-    dropped = x if seed is None else dropout_seeded(x, p, seed)
+    dropped = x if seed is None else ops.dropout_seeded(x, p, seed)
     low = F.linear(dropped, lora_a.to(x.dtype))
     return F.linear(x, weight, bias) + F.linear(low, scaled(lora_b, scale, x.dtype))
 
@@ -119,8 +118,7 @@ def _forward(
     p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    dropped = x if seed is None else dropout_seeded(x, p, seed)
-    low = torch.mm(dropped, lora_a.to(x.dtype).t())
+    low = ops.lora_down(x, lora_a.to(x.dtype), p, seed)
     y = F.linear(x, weight, bias)
     y.addmm_(low, scaled(lora_b, scale, x.dtype).t())
     return y, low
@@ -141,25 +139,67 @@ def _gradients(
     dy = dy.contiguous()
     dx, da, db = (x.new_empty(0) for _ in range(3))
     want_x, want_a, want_b = wanted
+    dlow, up = ops.lora_up_backward(dy, low, scaled(lora_b, scale, x.dtype))
     if want_b:
-        # r x out and turned: with out x r, the GEMM takes up to half as long again.
-        db = (low.t() @ dy).t().to(torch.promote_types(lora_b.dtype, torch.float32))
-        db = (db * scale).to(lora_b.dtype).contiguous()
-    if want_x or want_a:
-        dlow = dy @ scaled(lora_b, scale, x.dtype)
-    if want_a:
-        dropped = x if seed is None else dropout_seeded(x, p, seed)
-        da = (dlow.t() @ dropped).to(lora_a.dtype)
+        db = (up * scale).to(lora_b.dtype)
     if want_x:
         dx = dy @ weight
-        a = lora_a.to(x.dtype)
-        if seed is None:
-            dx.addmm_(dlow, a)
-        else:
-            dropout_add_(dx, dlow @ a, p, seed)
+    if want_x or want_a:
+        down = ops.lora_input_backward(x, dlow, lora_a.to(x.dtype), dx if want_x else None, p, seed)
+        da = down.to(lora_a.dtype) if want_a else da
     return dx, da, db
 
 
+def lora_down_reference(x: Tensor, a: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """S [rows, r] = dropout(x) aᵀ."""
+    return (x if seed is None else ops.dropout_seeded(x, p, seed)) @ a.t()
+
+
+def lora_up_backward_reference(dy: Tensor, low: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """dS [rows, r] = dy b, and dyᵀ low [out, r] in float32 (float64 for float64)."""
+    # r x out and turned: with out x r, the GEMM takes up to half as long again.
+    up = (low.t() @ dy).t().to(torch.promote_types(dy.dtype, torch.float32))
+    return dy @ b, up.contiguous()
+
+
+def lora_down_backward_reference(x: Tensor, dlow: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """dA [r, in] = dlowᵀ dropout(x), in float32 (float64 for float64)."""
+    dropped = x if seed is None else ops.dropout_seeded(x, p, seed)
+    return (dlow.t() @ dropped).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def lora_add_reference_(dx: Tensor, dlow: Tensor, a: Tensor, p: float, seed: Tensor | None) -> None:
+    """dx [rows, in] += mask ∘ (dlow a) / (1 - p)."""
+    if seed is None:
+        dx.addmm_(dlow, a)
+    else:
+        ops.dropout_add_(dx, dlow @ a, p, seed)
+
+
+def lora_input_backward_reference(
+    x: Tensor, dlow: Tensor, a: Tensor, dx: Tensor | None, p: float, seed: Tensor | None
+) -> Tensor:
+    """Both of the above: what a kernel can do with one drawing of the mask."""
+    if dx is not None:
+        ops.lora_add_(dx, dlow, a, p, seed)
+    return ops.lora_down_backward(x, dlow, p, seed)
+
+
+LIBRARY.define("lora_down(Tensor x, Tensor a, float p, Tensor? seed) -> Tensor")
+LIBRARY.define("lora_up_backward(Tensor dy, Tensor low, Tensor b) -> (Tensor, Tensor)")
+LIBRARY.define("lora_down_backward(Tensor x, Tensor dlow, float p, Tensor? seed) -> Tensor")
+LIBRARY.define("lora_add_(Tensor(a!) dx, Tensor dlow, Tensor a, float p, Tensor? seed) -> ()")
+LIBRARY.define(
+    "lora_input_backward(Tensor x, Tensor dlow, Tensor a, Tensor(a!)? dx, float p, Tensor? seed) -> Tensor"
+)
+for _name, _reference in (
+    ("lora_down", lora_down_reference),
+    ("lora_up_backward", lora_up_backward_reference),
+    ("lora_down_backward", lora_down_backward_reference),
+    ("lora_add_", lora_add_reference_),
+    ("lora_input_backward", lora_input_backward_reference),
+):
+    LIBRARY.impl(_name, _reference, "CompositeExplicitAutograd")
 LIBRARY.define(
     "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, float scale, float p,"
     " Tensor? seed) -> (Tensor, Tensor)"
@@ -221,4 +261,4 @@ def _refuses(
     return None
 
 
-OPS["lora_linear"] = Op("dropout_seeded", "PyTorch's GEMMs around the compiled dropout kernel", _refuses)
+OPS["lora_linear"] = Op("lora_input_backward", "PyTorch's GEMMs, masks by the compiled dropout kernel", _refuses)
