@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
 from importlib import metadata
 from itertools import pairwise, product
 from pathlib import Path
@@ -27,7 +28,7 @@ from typing import Any
 
 WARM_UP = 5  # steps left out of both contenders' rates
 LAST = 20  # steps over which the final train loss is averaged
-LEAST_SPEED, MOST_MEMORY = 1.5, 0.7  # the bars, as shares of Trainer's
+LEAST_SPEED, MOST_MEMORY = 3.0, 0.45  # the bars, as shares of Trainer's
 LORA_DROPOUT, WEIGHT_DECAY, CLIP, WARM_UP_SHARE = 0.05, 0.01, 1.0, 0.06
 CONTENDERS = ("fasttune", "trainer")
 TRAINER_DTYPES = ("autocast", "bf16", "bf16-autocast", "fp32")
@@ -61,8 +62,10 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 
 
 def train_fasttune(spec: Namespace) -> Trained:
+    from fasttune.memory import keep_pages
     from fasttune.run import finetune
 
+    keep_pages()  # as `fasttune run` does
     lora = {"rank": spec.rank, "alpha": 2 * spec.rank, "dropout": LORA_DROPOUT} if spec.strategy == "lora" else {}
     shared = {key: getattr(spec, key) for key in ("steps", "batch", "lr", "precision", "seed")}
     optimizer = {"optimizer": {"kind": "adamw", "weight_decay": WEIGHT_DECAY}, "head_lr": spec.lr, "clip": CLIP}
@@ -116,7 +119,7 @@ def train_trainer(spec: Namespace) -> Trained:
         args=transformers.TrainingArguments(str(Path(spec.folder) / "trainer"), **settings, **TRAINER),
         train_dataset=tokenized(spec, spec.train, tokenizer, labels),
         eval_dataset=tokenized(spec, spec.valid, tokenizer, labels),
-        data_collator=transformers.DataCollatorWithPadding(tokenizer),
+        data_collator=transformers.DataCollatorWithPadding(tokenizer, pad_to_multiple_of=spec.trainer_pad or None),
         processing_class=tokenizer,
         callbacks=[Clock()],
     )
@@ -217,7 +220,8 @@ def measure(args: Namespace, contender: str, title: str, **settings: Any) -> dic
         record = vars(args) | settings | {"contender": contender, "folder": folder, "started": time.time()}
         path.write_text(json.dumps(record), encoding="utf-8")
         child = [sys.executable, __file__, "--contender", contender, "--spec", str(path)]
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | (KEEP_PAGES if args.keep_pages else {})
+        keep = record["trainer_keep_pages"] and contender == "trainer"
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | (KEEP_PAGES if keep else {})
         done = subprocess.run(child, env=environment, text=True, capture_output=True)
         if done.returncode:
             sys.exit(f"{contender} failed with status {done.returncode}:\n{done.stderr[-4000:]}")
@@ -234,11 +238,19 @@ def tune_trainer(args: Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         short: dict[str, Any] = {"steps": args.tune_steps, "warmup": 1, "seed": args.seeds[0]}
         short |= use_rows(args, folder, args.tune_steps * args.batch, 64)
-        for dtype, attention in product(dtypes, TRAINER_ATTENTION):
-            setting = {"trainer_dtype": dtype, "trainer_attn": attention}
-            result = measure(args, "trainer", f"trying Trainer, {dtype}, {attention}", **setting, **short)
-            found.append((result["rows_per_s"], setting))
-    return max(found, key=lambda pair: pair[0])[1]
+
+        def try_all(settings: Iterable[dict[str, Any]]) -> dict[str, Any]:
+            for setting in settings:
+                title = ", ".join(f"{key} {value}" for key, value in setting.items())
+                result = measure(args, "trainer", f"trying {title}", **setting, **short)
+                found.append((result["rows_per_s"], setting))
+            return max(found, key=lambda pair: pair[0])[1]
+
+        best = try_all({"trainer_dtype": t, "trainer_attn": a} for t, a in product(dtypes, TRAINER_ATTENTION))
+        return try_all(
+            best | {"trainer_pad": pad, "trainer_keep_pages": keep}
+            for pad, keep in ((8, False), (0, True), (8, True))
+        )
 
 
 def print_table(results: dict[str, list[dict[str, Any]]]) -> None:
@@ -303,13 +315,14 @@ def parse() -> Namespace:
     choices = {"--strategy": ("lora", "full", "head"), "--precision": ("bf16", "fp32")}
     for name, values in {**choices, "--trainer-attn": TRAINER_ATTENTION}.items():
         add(name, choices=values, default=values[0])
+    add("--trainer-pad", type=int, default=0, help="pad lengths to a multiple of this")
+    add("--trainer-keep-pages", action="store_true", help="let glibc keep freed memory")
     add("--trainer-dtype", choices=TRAINER_DTYPES, help="default: autocast, or fp32 with --precision fp32")
     add("--model", help=f"default: the encoder in the package {DEFAULT_MODEL}")
     add("--rows", type=int, help="first rows of train to use; default: one epoch, steps x batch")
     add("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[1, 2, 3])
     add("--only", choices=CONTENDERS)
     add("--tune-trainer", action="store_true", help="try Trainer's settings first and keep the fastest")
-    add("--keep-pages", action="store_true", help="let glibc keep freed memory, for both")
     add("--check", action="store_true", help="exit with 1 if fasttune misses a bar")
     add("--json", metavar="FILE", help="write every figure here")
     args = parser.parse_args()
@@ -327,7 +340,8 @@ def compare(args: Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         vars(args).update(tune_trainer(args) if args.tune_trainer and "trainer" in results else {})
         rows = use_rows(args, folder, args.rows or args.steps * args.batch)
-        print(f"{args.strategy}, {args.precision}; Trainer: {args.trainer_dtype}, {args.trainer_attn}")
+        chosen = ", ".join(f"{key[8:]} {value}" for key, value in vars(args).items() if key.startswith("trainer_"))
+        print(f"{args.strategy}, {args.precision}; Trainer: {chosen}")
         for turn, seed in enumerate(seed for seed in args.seeds for _ in range(args.repeat)):
             for contender in list(results)[:: -1 if turn % 2 else 1]:
                 result = measure(args, contender, f"seed {seed}, {contender}", seed=seed, **rows)

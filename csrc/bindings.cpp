@@ -214,6 +214,7 @@ PYBIND11_MODULE(_C, m) {
         "What was compiled: compiler, torch, revision, cuda, architectures, cpu, openmp.");
   m.def("keep_memory", &fasttune::cpu::keep_memory,
         "Larger CPU tensors keep their pages from now on; False where that is impossible.");
+  m.def("keeps_memory", &fasttune::cpu::keeps_memory, "Whether they do.");
   m.def("kept_bytes", [] {
     const fasttune::cpu::KeptBytes bytes = fasttune::cpu::kept_bytes();
     return std::array<int64_t, 2>{bytes.live, bytes.touched};

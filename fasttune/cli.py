@@ -100,8 +100,10 @@ def _yaml_text(value: str) -> str:
 def run(remote_code: str | None, resume: bool, quiet: bool, **arguments: Any) -> None:
     """Fine-tune a model: from a run file, or from a task with --data and --model."""
     config = _config(**arguments)
+    from fasttune.memory import keep_pages
     from fasttune.run import finetune
 
+    keep_pages()
     report = finetune(config, resume=resume, remote_code=remote_code, quiet=quiet)
     _print_report(report)
 
@@ -208,7 +210,9 @@ def doctor() -> None:
 def demo(task: str, output: str | None) -> None:
     """Train a task's embedded model on its embedded data, offline, by every strategy."""
     from fasttune.demo import run_demo
+    from fasttune.memory import keep_pages
 
+    keep_pages()
     run_demo(task, output, click.echo)
 
 

@@ -29,6 +29,7 @@ from fasttune.export import install, model_card, save_adapter, save_model
 from fasttune.features import CachedBase, cache_features
 from fasttune.folder import RunFolder, plain, write_text
 from fasttune.inference import Model, load
+from fasttune.memory import keeps_pages, limit_primitive_cache, peak_memory, return_free_memory
 from fasttune.ops import backend
 from fasttune.optim import Optimizer
 from fasttune.prepare import UNITS, Prepared, adapt_bundle, build_bundle, data_report, prepare, source_of, width_of
@@ -37,7 +38,7 @@ from fasttune.report import Report, dangers, read_records, render
 from fasttune.rows import media_kind
 from fasttune.signals import Signals
 from fasttune.task import primary_metric
-from fasttune.train import LossModule, StepRecord, limit_primitive_cache, peak_memory, return_free_memory, train
+from fasttune.train import LossModule, StepRecord, train
 
 _STEPS_BETWEEN_TRIMS = 8
 
@@ -141,13 +142,14 @@ class _Run:
         self.prepared.notes += [
             f"strategy {strategy.kind}: {trained:,} of {everything:,} parameters trained, in {train.precision}",
             f"attention: {adapted.attention}",
+            f"memory: {'tensors keep their pages' if keeps_pages() else 'freed pages go back to the system'}",
             f"ops: {_backends(self.device)}",
         ]
         cached = cache_features(self.prepared.bundle, strategy.cache_gb) if isinstance(strategy, Head) else None
         if isinstance(strategy, Head) and cached is None:
             why = "strategy.cache_gb is 0" if not strategy.cache_gb else "part of the head stands inside the base"
             self.progress.note(f"features of the base are computed anew in every epoch: {why}")
-        for note in self.prepared.notes[-3:]:
+        for note in self.prepared.notes[-4:]:
             self.progress.note(note)
         return adapted, cached
 
@@ -242,7 +244,7 @@ class _Run:
         began = time.perf_counter() - self.best.seconds
         for record in records:
             self._log(record)
-            if self.device.type == "cpu" and record.step % _STEPS_BETWEEN_TRIMS == 0:
+            if self.device.type == "cpu" and not keeps_pages() and record.step % _STEPS_BETWEEN_TRIMS == 0:
                 return_free_memory()
             self.best.pending = self._is_due(record)
             self.best.seconds = time.perf_counter() - began

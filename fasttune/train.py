@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from fasttune.batching import Batches, MicroBatch, Position, to_device
@@ -109,32 +106,3 @@ def train(
 
 def _finite(value: float) -> bool:
     return value - value == 0.0
-
-
-def limit_primitive_cache() -> None:
-    """Lets oneDNN keep 128 compiled matrix products instead of 1024, unless the user has said otherwise.
-
-    Each new batch shape compiles a few dozen; kept by the thousand they cost gigabytes and are seldom met again.
-    oneDNN reads the variable once, at its first product.
-    """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-
-
-def return_free_memory() -> None:
-    """Gives the pages of freed blocks back to the system (glibc's malloc_trim; elsewhere nothing).
-
-    Batches of changing length leave holes in the heap that the next ones don't fit in: without this the resident
-    set of a CPU run grows for hundreds of steps.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU's allocator, or the process's largest resident set on CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

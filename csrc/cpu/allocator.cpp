@@ -129,6 +129,8 @@ bool keep_memory() {
   return true;
 }
 
+bool keeps_memory() { return kept != nullptr; }
+
 KeptBytes kept_bytes() { return kept == nullptr ? KeptBytes{0, 0} : kept->bytes(); }
 
 }  // namespace fasttune::cpu
@@ -137,6 +139,7 @@ KeptBytes kept_bytes() { return kept == nullptr ? KeptBytes{0, 0} : kept->bytes(
 
 namespace fasttune::cpu {
 bool keep_memory() { return false; }
+bool keeps_memory() { return false; }
 KeptBytes kept_bytes() { return {0, 0}; }
 }  // namespace fasttune::cpu
 

@@ -9,6 +9,9 @@ namespace fasttune::cpu {
 // now on and for good. False, and nothing done, where the system has no such memory to give.
 bool keep_memory();
 
+// Whether it has been put there.
+bool keeps_memory();
+
 // Bytes of that memory: in tensors now, and the most that ever was touched. Both 0 without
 // keep_memory.
 struct KeptBytes {

@@ -33,13 +33,13 @@ def attention(
 ) -> Tensor:
     """softmax(query keyᵀ · scale + mask) value, with dropout on the weights.
 
-    query: [b, h, q, d]; key, value: [b, h/g, k, d], of query's floating-point dtype, strided or not.
+    query: [b, h, q, d]; key, value: [b, h/g, k, d], of query's floating-point dtype; strided or not.
     mask: added to the scaled scores, of query's dtype, broadcast to [b, h, q, k]; gets no gradient.
     dropout: the probability for a weight, in [0, 1]; nothing is dropped unless training.
 
-    Returns [b, q, h, d], contiguous, in query's dtype. Scores are rounded to that dtype, as a product is; softmax
-    and dropout on them are computed in float32 (float64 for float64). A row of scores that is all -inf gives NaN,
-    as torch.softmax does. Differentiating the backward raises NotImplementedError.
+    Returns [b, q, h, d], contiguous, in query's dtype. Scores are rounded to that dtype, as any product is; the
+    softmax and its dropout are computed in float32 (float64 for float64). A row of scores that is all -inf gives
+    NaN, as torch.softmax does. Differentiating the backward raises NotImplementedError.
 
     Raises ValueError naming the argument, the shape or dtype expected and the one found.
     """
@@ -137,8 +137,8 @@ LIBRARY.define(
     " -> (Tensor, Tensor)"
 )
 LIBRARY.define(
-    "attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor out, Tensor stats,"
-    " float scale, float p, Tensor? seed) -> (Tensor, Tensor, Tensor)"
+    "attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor out,"
+    " Tensor stats, float scale, float p, Tensor? seed) -> (Tensor, Tensor, Tensor)"
 )
 LIBRARY.impl("attention", attention_reference, "CompositeExplicitAutograd")
 LIBRARY.impl("attention_backward", attention_backward_reference, "CompositeExplicitAutograd")
@@ -188,4 +188,6 @@ def _refuses(query: Tensor | None = None, *_: Tensor | None) -> str | None:
     return None
 
 
-OPS["attention"] = Op("attention", "PyTorch's products a few heads at a time around the compiled softmax", _refuses)
+OPS["attention"] = Op(
+    "attention", "PyTorch's products a few heads at a time around the compiled softmax", _refuses
+)

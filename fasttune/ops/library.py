@@ -99,6 +99,11 @@ def has_kernel(kernel: str, device: str) -> bool:
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"fasttune::{kernel}", key)
 
 
+def kernels() -> ModuleType | None:
+    """The compiled module, or None where there is none or FASTTUNE_REFERENCE is set."""
+    return _C
+
+
 def build_info() -> dict[str, Any]:
     """What was compiled: `kernels` (bool), then either `why` not, or what `_C` says of itself.
 
