@@ -6,6 +6,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <string>
 #include <tuple>
@@ -101,6 +102,7 @@ struct Rows {
   const T* out;  // of the forward, and its gradient: their product is the softmax's correction
   const T* dout;
   const T* mask;  // added to the scaled scores, or null; strides below
+  T* mask_row;    // [padded keys]: the mask of one row, 0 without one; -inf in the padding
   int64_t mask_head, mask_query;
   const uint16_t* kept;  // bit `skip` is the block's first element; null without dropout
   int64_t skip;
@@ -122,22 +124,12 @@ FASTTUNE_INLINE F16 where_kept(uint32_t bits, F16 v) {
   return ((U16{} + bits) & lane) != 0u ? v : F16{};
 }
 
-// Lanes beyond the row are -inf, so that they weigh nothing; the buffer has room for them.
 template <typename T>
-FASTTUNE_INLINE F16 score(const T* scores, const T* mask, float scale, int64_t j, int64_t n) {
-  const F16 v = load(scores + j) * scale;
-  if (n - j >= kLanes) return mask ? v + load(mask + j) : v;
-  const I16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const F16 masked = mask ? v + load_some(mask + j, n - j, 0.0f) : v;
-  return lane < static_cast<int32_t>(n - j) ? masked : all(-INFINITY);
-}
-
-template <typename T>
-FASTTUNE_INLINE void softmax_row(const Rows<T>& rows, T* scores, const T* mask, int64_t n,
-                                 int64_t bit, float* stats) {
+FASTTUNE_INLINE void softmax_row(const Rows<T>& rows, T* scores, int64_t n, int64_t bit,
+                                 float* stats) {
   F16 top = all(-INFINITY);
   for (int64_t j = 0; j < n; j += kLanes) {
-    const F16 v = score(scores, mask, rows.scale, j, n);
+    const F16 v = load(scores + j) * rows.scale + load(rows.mask_row + j);
     store(rows.wide + j, v);
     top = larger(v, top);
   }
@@ -172,11 +164,11 @@ FASTTUNE_INLINE float dot(const T* a, const T* b, int64_t n) {
 // w: weight, m: mask / (1 - p), dw: the gradient of m w. That of a raw score is
 // scale w (m dw - sum over the row of m w dw), and the sum is the row's out . dout.
 template <typename T>
-FASTTUNE_INLINE void softmax_backward_row(const Rows<T>& rows, T* scores, T* dweights,
-                                          const T* mask, int64_t n, int64_t bit, const float* stats,
-                                          float sum) {
+FASTTUNE_INLINE void softmax_backward_row(const Rows<T>& rows, T* scores, T* dweights, int64_t n,
+                                          int64_t bit, const float* stats, float sum) {
   for (int64_t j = 0; j < n; j += kLanes) {
-    const F16 weight = exp(score(scores, mask, rows.scale, j, n) - stats[0]) * stats[1];
+    const F16 weight =
+        exp(load(scores + j) * rows.scale + load(rows.mask_row + j) - stats[0]) * stats[1];
     F16 dropped = weight, incoming = load(dweights + j);
     if (rows.kept) {
       const uint32_t bits = bits_at(rows.kept, bit + j);
@@ -190,20 +182,25 @@ FASTTUNE_INLINE void softmax_backward_row(const Rows<T>& rows, T* scores, T* dwe
 
 template <typename T>
 FASTTUNE_INLINE void all_rows(const Shape& s, int64_t head, int64_t heads, const Rows<T>& rows) {
+  const T* masked_as = nullptr;
   for (int64_t h = 0; h < heads; ++h) {
     for (int64_t r = 0; r < s.rows(); ++r) {
       const int64_t at = h * s.padded_rows() + r, row = h * s.rows() + r;
-      const T* mask = rows.mask ? rows.mask + (head * s.g + row / s.q) * rows.mask_head +
-                                      r % s.q * rows.mask_query
-                                : nullptr;
+      if (rows.mask != nullptr) {
+        const T* mask =
+            rows.mask + (head * s.g + row / s.q) * rows.mask_head + r % s.q * rows.mask_query;
+        if (mask != masked_as)
+          std::memcpy(static_cast<void*>(rows.mask_row), mask, s.k * sizeof(T));
+        masked_as = mask;
+      }
       T* scores = rows.scores + at * s.padded_keys();
       const int64_t bit = rows.skip + row * s.k;
       float* stats = rows.stats + 2 * row;
       if (rows.dweights == nullptr) {
-        softmax_row(rows, scores, mask, s.k, bit, stats);
+        softmax_row(rows, scores, s.k, bit, stats);
       } else {
-        softmax_backward_row(rows, scores, rows.dweights + at * s.padded_keys(), mask, s.k, bit,
-                             stats, dot(rows.out + at * s.d, rows.dout + at * s.d, s.d));
+        softmax_backward_row(rows, scores, rows.dweights + at * s.padded_keys(), s.k, bit, stats,
+                             dot(rows.out + at * s.d, rows.dout + at * s.d, s.d));
       }
     }
   }
@@ -251,11 +248,17 @@ struct Block {
   at::Tensor q, k, v, out, scores;
   std::vector<uint16_t> bits;
   std::vector<float> wide;
+  std::vector<T> mask_row;
   const AllRows<T> kernel = all_rows_here<T>();
   int64_t b = 0, head = 0, heads = 0;
 
   Block(const AttentionCall& attention, const Shape& shape, const Blocks& all_blocks)
-      : call(attention), s(shape), blocks(all_blocks), wide(s.padded_keys()) {
+      : call(attention),
+        s(shape),
+        blocks(all_blocks),
+        wide(s.padded_keys()),
+        mask_row(s.padded_keys()) {
+    std::fill(mask_row.begin() + s.k, mask_row.end(), static_cast<T>(-INFINITY));
     q = rows_buffer(s.padded_rows(), s.d);
     k = rows_buffer(s.padded_keys(), s.d);
     v = rows_buffer(s.padded_keys(), s.d);
@@ -291,6 +294,7 @@ struct Block {
     rows.scores = scores.mutable_data_ptr<T>();
     rows.stats = call.stats.mutable_data_ptr<float>() + 2 * first_row;
     rows.wide = wide.data();
+    rows.mask_row = mask_row.data();
     rows.scale = call.scale;
     rows.keep_scale = 1.0f;
     if (dweights.defined()) {

@@ -73,15 +73,25 @@ FASTTUNE_INLINE F16 first(F16 v, int64_t n) {
   return lane < static_cast<int32_t>(n) ? v : F16{};
 }
 
+// Halves against each other, four times; v[0] holds the result.
+#define FASTTUNE_FOLD(fold, v)                                                                   \
+  v = fold(v,                                                                                    \
+           __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)); \
+  v = fold(v,                                                                                    \
+           __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)); \
+  v = fold(v,                                                                                    \
+           __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)); \
+  v = fold(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+
+FASTTUNE_INLINE F16 plus(F16 a, F16 b) { return a + b; }
+
 FASTTUNE_INLINE float sum_of_lanes(F16 v) {
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
-  }
+  FASTTUNE_FOLD(plus, v)
   return v[0];
 }
 
 FASTTUNE_INLINE float largest_of_lanes(F16 v) {
-  for (int i = 1; i < kLanes; ++i) v[0] = v[i] > v[0] ? v[i] : v[0];
+  FASTTUNE_FOLD(larger, v)
   return v[0];
 }
 
