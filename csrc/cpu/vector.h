@@ -1,0 +1,122 @@
+// A few floats at a time, in the vectors that GCC and Clang provide on every machine: one source,
+// instantiated with the width of each instruction set. Each operation is an IEEE one and lane by
+// lane, and nothing is contracted (setup.py: -ffp-contract=off), so every width gives the same
+// bits.
+//
+// All of it is inlined into functions that name their instruction set: a vector must never be an
+// argument of a real call, whose ABI would depend on that set.
+#pragma once
+
+#if defined(__GNUC__)
+#define FASTTUNE_VECTORS 1
+
+#include <c10/util/BFloat16.h>
+
+#include <cmath>
+#include <cstdint>
+
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // about calls with vectors, which do not happen
+#endif
+#define FASTTUNE_INLINE inline __attribute__((always_inline))
+
+namespace fasttune::cpu {
+
+constexpr int64_t kGroup = 16;  // floats: what sums keep apart on every machine
+
+// Written out three times: gcc 12 does not convert between vectors whose size is a template's.
+template <int kWidth>
+struct VectorTypes;
+#define FASTTUNE_VECTOR_TYPES(WIDTH)                              \
+  template <>                                                     \
+  struct VectorTypes<WIDTH> {                                     \
+    typedef float F __attribute__((vector_size(4 * WIDTH)));      \
+    typedef int32_t I __attribute__((vector_size(4 * WIDTH)));    \
+    typedef uint32_t U __attribute__((vector_size(4 * WIDTH)));   \
+    typedef uint16_t H __attribute__((vector_size(2 * WIDTH)));   \
+  }
+FASTTUNE_VECTOR_TYPES(4);
+FASTTUNE_VECTOR_TYPES(8);
+FASTTUNE_VECTOR_TYPES(16);
+#undef FASTTUNE_VECTOR_TYPES
+
+// kWidth: floats in a vector.
+template <int kWidth>
+struct Vector {
+  using F = typename VectorTypes<kWidth>::F;
+  using I = typename VectorTypes<kWidth>::I;
+  using U = typename VectorTypes<kWidth>::U;
+  using H = typename VectorTypes<kWidth>::H;
+
+  static FASTTUNE_INLINE F all(float x) { return x - F{}; }
+  static FASTTUNE_INLINE F larger(F a, F b) { return a > b ? a : b; }  // b where one is NaN
+
+  static FASTTUNE_INLINE F load(const float* x) {
+    F v;
+    __builtin_memcpy(&v, x, sizeof v);
+    return v;
+  }
+
+  static FASTTUNE_INLINE F load(const c10::BFloat16* x) {
+    H raw;
+    __builtin_memcpy(&raw, x, sizeof raw);
+    return reinterpret_cast<F>(__builtin_convertvector(raw, U) << 16);
+  }
+
+  static FASTTUNE_INLINE void store(float* out, F v) { __builtin_memcpy(out, &v, sizeof v); }
+
+  // To nearest, ties to even, subnormal numbers too (vcvtneps2bf16 flushes those); NaN stays NaN.
+  static FASTTUNE_INLINE void store(c10::BFloat16* out, F v) {
+    const U raw = reinterpret_cast<U>(v);
+    const U rounded = (raw + 0x7FFFu + ((raw >> 16) & 1u)) >> 16;
+    const U kept = v == v ? rounded : U{} + 0x7FC0u;
+    const H half = __builtin_convertvector(kept, H);
+    __builtin_memcpy(out, &half, sizeof half);
+  }
+
+  // e^x = 2^n (1 + small) with n = round(x / ln 2), for |x| <= 126 ln 2.
+  struct Exponential {
+    F power, small;
+  };
+
+  static FASTTUNE_INLINE Exponential split_exp(F x) {
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    const F shifted = x * 1.44269504f + kRound;
+    const F n = shifted - kRound;
+    // ln 2 in two parts; the first has nine bits, so its product with n is exact.
+    const F r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    // (e^r - 1 - r) / r^2 for |r| <= ln 2 / 2, a least-squares fit weighted until the relative error
+    // of e^r is level: below 4e-9.
+    F q = r * 0x1.6a1a72p-10f + 0x1.123fc6p-7f;
+    q = q * r + 0x1.555916p-5f;
+    q = q * r + 0x1.55548ap-3f;
+    q = q * r + 0x1.fffffcp-2f;
+    const I exponent = reinterpret_cast<I>(shifted) << 23;  // the low bits hold n
+    return {reinterpret_cast<F>(exponent + 0x3F800000), q * (r * r) + r};
+  }
+
+  // e^x for x <= 88; 0 below -87 (e^-87 is 1e-38); NaN stays NaN.
+  static FASTTUNE_INLINE F exp(F x) {
+    const Exponential e = split_exp(x);
+    return x < -87.0f ? F{} : e.power * (1.0f + e.small);
+  }
+
+  struct Tanh {
+    F value, slope;  // tanh x; its derivative, without the cancellation of 1 - tanh^2
+  };
+
+  // By e^(2|x|) - 1 = 2^n small + (2^n - 1), which keeps the digits near 0.
+  static FASTTUNE_INLINE Tanh tanh(F x) {
+    F twice = x < 0.0f ? x * -2.0f : x * 2.0f;
+    twice = twice > 80.0f ? all(80.0f) : twice;
+    const Exponential e = split_exp(twice);
+    const F less_one = e.power * e.small + (e.power - 1.0f);
+    const F below = 1.0f / (less_one + 2.0f);
+    const F value = less_one * below;
+    return {x < 0.0f ? -value : value, 4.0f * ((less_one + 1.0f) * below) * below};
+  }
+};
+
+}  // namespace fasttune::cpu
+
+#endif  // __GNUC__
