@@ -76,7 +76,7 @@ def cross_entropy(
     weight = None if weight is None else weight.to(wide)
     below = denominator(target, weight, ignore_index, logits.shape[-1], wide, reduction, divisor)
     options = (ignore_index, label_smoothing, softcap or 0.0, z_loss)
-    if _refuses(logits) is not None:
+    if refuses(logits) is not None:
         row, stats = cross_entropy_reference(flat, target, weight, *options)
         loss = row.reshape(lead) if below is None else divided(row.sum(), below)
     elif inplace and _may_overwrite(logits, flat):
@@ -403,7 +403,7 @@ torch.library.register_autograd("fasttune::cross_entropy_rows", _backward, setup
 torch.library.register_autograd("fasttune::cross_entropy_rows_backward", no_second_order, lib=LIBRARY)
 
 
-def _refuses(logits: Tensor | None = None, *others: Tensor | None) -> str | None:
+def refuses(logits: Tensor | None = None, *others: Tensor | None) -> str | None:
     if logits is None or logits.dtype in (torch.float32, torch.bfloat16):
         return None
     if logits.dtype == torch.float16 and logits.is_cuda:
@@ -411,4 +411,4 @@ def _refuses(logits: Tensor | None = None, *others: Tensor | None) -> str | None
     return f"the kernels of cross_entropy do not take {logits.dtype} on {logits.device.type}"
 
 
-OPS["cross_entropy"] = Op("cross_entropy_rows", "loss and gradient by the compiled kernel", _refuses)
+OPS["cross_entropy"] = Op("cross_entropy_rows", "loss and gradient by the compiled kernel", refuses)
