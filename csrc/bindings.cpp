@@ -105,8 +105,8 @@ struct CrossEntropyCall {
     const int64_t rows = logits.size(0), classes = logits.size(1);
     TORCH_CHECK_TYPE(target.scalar_type() == at::kLong, op, ": target: expected int64, found ",
                      target.scalar_type());
-    TORCH_CHECK_VALUE(target.dim() == 1 && target.size(0) == rows, op,
-                      ": target: expected shape [", rows, "], found ", target.sizes());
+    TORCH_CHECK_VALUE(target.dim() == 1 && target.size(0) == rows, op, ": target: expected shape [",
+                      rows, "], found ", target.sizes());
     check_labels(target, classes, ignore_index);
     float weight_sum = static_cast<float>(classes);
     if (weight_.has_value()) {
@@ -159,11 +159,13 @@ struct CrossEntropyCall {
   }
 };
 
-std::tuple<at::Tensor, at::Tensor> cross_entropy_rows(
-    const at::Tensor& logits, const at::Tensor& target, const std::optional<at::Tensor>& weight,
-    int64_t ignore_index, double label_smoothing, double softcap, double z_loss) {
-  CrossEntropyCall call("cross_entropy_rows", logits, target, weight, ignore_index,
-                        label_smoothing, softcap, z_loss);
+std::tuple<at::Tensor, at::Tensor> cross_entropy_rows(const at::Tensor& logits,
+                                                      const at::Tensor& target,
+                                                      const std::optional<at::Tensor>& weight,
+                                                      int64_t ignore_index, double label_smoothing,
+                                                      double softcap, double z_loss) {
+  CrossEntropyCall call("cross_entropy_rows", logits, target, weight, ignore_index, label_smoothing,
+                        softcap, z_loss);
   call.read_logits();
   call.write_loss();
   cpu::cross_entropy(call.params);
@@ -191,10 +193,11 @@ at::Tensor cross_entropy_rows_backward(const at::Tensor& logits, const at::Tenso
   return grad;
 }
 
-std::tuple<at::Tensor, at::Tensor> cross_entropy_grad_(
-    at::Tensor& logits, const at::Tensor& target, const at::Tensor& factor,
-    const std::optional<at::Tensor>& weight, int64_t ignore_index, double label_smoothing,
-    double softcap, double z_loss) {
+std::tuple<at::Tensor, at::Tensor> cross_entropy_grad_(at::Tensor& logits, const at::Tensor& target,
+                                                       const at::Tensor& factor,
+                                                       const std::optional<at::Tensor>& weight,
+                                                       int64_t ignore_index, double label_smoothing,
+                                                       double softcap, double z_loss) {
   constexpr const char* kOp = "cross_entropy_grad_";
   CrossEntropyCall call(kOp, logits, target, weight, ignore_index, label_smoothing, softcap,
                         z_loss);

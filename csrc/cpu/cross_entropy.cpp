@@ -193,8 +193,8 @@ FASTTUNE_INLINE void row(const CrossEntropyParams& params, int64_t r, float* scr
   const RowFactors f =
       row_factors(params.options, max, log_sum, target_weight, params.weight_sum, classes);
   const float upstream = params.factor[r * params.factor_stride];
-  const typename Row<kWidth, T, kCap, kSmooth>::Factors factors = {
-      f.a * inverse * upstream, f.b * upstream, f.e * upstream};
+  const typename Row<kWidth, T, kCap, kSmooth>::Factors factors = {f.a * inverse * upstream,
+                                                                   f.b * upstream, f.e * upstream};
   if (stored != nullptr) {
     row.template write_gradient<true>(stored, grad, target, max, factors);
   } else {
@@ -256,11 +256,10 @@ void cross_entropy(const CrossEntropyParams& params) {
   const RowsFn work = params.dtype == DType::kFloat32 ? choose<float>() : choose<c10::BFloat16>();
   const bool needs = params.dtype != DType::kFloat32 && params.grad != nullptr;
   const int64_t grain = std::max<int64_t>(1, kGrain / params.classes);
-  at::parallel_for(0, params.rows, grain,
-                   [&](int64_t begin, int64_t end) {
-                     std::vector<float> scratch(needs ? params.classes : 0);
-                     work(params, begin, end, scratch.data());
-                   });
+  at::parallel_for(0, params.rows, grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(needs ? params.classes : 0);
+    work(params, begin, end, scratch.data());
+  });
 }
 
 }  // namespace fasttune::cpu

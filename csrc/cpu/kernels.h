@@ -28,13 +28,13 @@ void dropout(const DropoutParams& params);
 // ignore_index, whatever the row holds. A target other than that is in [0, classes). grad may be
 // logits. Without loss, the statistics are read instead of written.
 struct CrossEntropyParams {
-  const void* logits;      // [rows, classes], unit stride within a row; fp32 or bf16
-  void* grad;              // [rows, classes] likewise, of the logits' type; null: not wanted
-  const int64_t* target;   // [rows]
-  const float* factor;     // [rows], by factor_stride; multiplies the row's gradient
-  const float* weight;     // [classes]; null: all 1
-  float* loss;             // [rows]; null: only the gradient is wanted
-  float* stats;            // [rows, 2]: max and log_sum of the capped logits
+  const void* logits;     // [rows, classes], unit stride within a row; fp32 or bf16
+  void* grad;             // [rows, classes] likewise, of the logits' type; null: not wanted
+  const int64_t* target;  // [rows]
+  const float* factor;    // [rows], by factor_stride; multiplies the row's gradient
+  const float* weight;    // [classes]; null: all 1
+  float* loss;            // [rows]; null: only the gradient is wanted
+  float* stats;           // [rows, 2]: max and log_sum of the capped logits
   int64_t rows, classes;
   int64_t logits_stride, grad_stride, factor_stride;  // elements from row to row
   int64_t ignore_index;

@@ -27,13 +27,13 @@ constexpr int64_t kGroup = 16;  // floats: what sums keep apart on every machine
 // Written out three times: gcc 12 does not convert between vectors whose size is a template's.
 template <int kWidth>
 struct VectorTypes;
-#define FASTTUNE_VECTOR_TYPES(WIDTH)                              \
-  template <>                                                     \
-  struct VectorTypes<WIDTH> {                                     \
-    typedef float F __attribute__((vector_size(4 * WIDTH)));      \
-    typedef int32_t I __attribute__((vector_size(4 * WIDTH)));    \
-    typedef uint32_t U __attribute__((vector_size(4 * WIDTH)));   \
-    typedef uint16_t H __attribute__((vector_size(2 * WIDTH)));   \
+#define FASTTUNE_VECTOR_TYPES(WIDTH)                            \
+  template <>                                                   \
+  struct VectorTypes<WIDTH> {                                   \
+    typedef float F __attribute__((vector_size(4 * WIDTH)));    \
+    typedef int32_t I __attribute__((vector_size(4 * WIDTH)));  \
+    typedef uint32_t U __attribute__((vector_size(4 * WIDTH))); \
+    typedef uint16_t H __attribute__((vector_size(2 * WIDTH))); \
   }
 FASTTUNE_VECTOR_TYPES(4);
 FASTTUNE_VECTOR_TYPES(8);
@@ -85,8 +85,8 @@ struct Vector {
     const F n = shifted - kRound;
     // ln 2 in two parts; the first has nine bits, so its product with n is exact.
     const F r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-    // (e^r - 1 - r) / r^2 for |r| <= ln 2 / 2, a least-squares fit weighted until the relative error
-    // of e^r is level: below 4e-9.
+    // (e^r - 1 - r) / r^2 for |r| <= ln 2 / 2, a least-squares fit weighted until the relative
+    // error of e^r is level: below 4e-9.
     F q = r * 0x1.6a1a72p-10f + 0x1.123fc6p-7f;
     q = q * r + 0x1.555916p-5f;
     q = q * r + 0x1.55548ap-3f;

@@ -196,7 +196,9 @@ def _may_overwrite(logits: Tensor, flat: Tensor) -> bool:
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and logits.requires_grad):
         return False
     if (logits if logits._base is None else logits._base).is_leaf:
-        raise ValueError("inplace: expected logits that another op computed, found a leaf that requires a gradient")
+        raise ValueError(
+            "inplace: expected logits that another op computed, found a leaf that requires a gradient"
+        )
     is_view = flat.data_ptr() == logits.data_ptr()
     return is_view and flat.stride(1) == 1 and (flat.shape[0] < 2 or flat.stride(0) >= flat.shape[1])
 

@@ -23,7 +23,6 @@ from fasttune.ops.cross_entropy import (
     denominator,
     divided,
     refuses,
-    scale_gradient_,
 )
 from fasttune.ops.library import LIBRARY, OPS, Op, has_kernel
 
@@ -32,7 +31,7 @@ CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**29}
 CHUNK_ROWS = {"cpu": 256, "cuda": 1024}
 """Fewer rows than these cost more in reading W again for each chunk than they save."""
 TILE_ROWS = 2048
-"""Rows of dW, classes, that are added to its sum at a time: what they take, 3 MB at H = 768, stays in the cache."""
+"""Rows of dW that are added to its sum at a time: what they take, 3 MB at H = 768, stays in cache."""
 
 
 def linear_cross_entropy(
@@ -86,7 +85,7 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    _check(hidden, weight, bias, target, class_weight, chunk_bytes)
+    _check(hidden, weight, bias, target, class_weight, shift, chunk_bytes)
     check_options(target, label_smoothing, softcap, z_loss, reduction, divisor)
     lead, classes = target.shape, weight.shape[0]
     target = target.to(torch.int64)
@@ -125,6 +124,7 @@ def _check(
     bias: Tensor | None,
     target: Tensor,
     class_weight: Tensor | None,
+    shift: bool,
     chunk_bytes: int | None,
 ) -> None:
     if not hidden.is_floating_point():
@@ -142,6 +142,8 @@ def _check(
     if target.shape != hidden.shape[:-1]:
         expected = list(hidden.shape[:-1])
         raise ValueError(f"target: expected shape {expected} to fit hidden, found {list(target.shape)}")
+    if shift and target.dim() == 0:
+        raise ValueError("shift: expected target of shape [..., time], found []")
     if class_weight is not None:
         check_class_weight("class_weight", class_weight, classes)
     if chunk_bytes is not None and chunk_bytes < 1:
@@ -269,16 +271,17 @@ def _add_product_(dw: Tensor, dz: Tensor, h: Tensor, first: bool) -> None:
     """dw [V, H] += dzᵀ [V, rows] h [rows, H], or = for the first."""
     if dw.dtype == dz.dtype:
         torch.mm(dz.t(), h, out=dw) if first else dw.addmm_(dz.t(), h)
+    elif dw.is_cuda and first:
+        torch.mm(dz.t(), h, out_dtype=dw.dtype, out=dw)
     elif dw.is_cuda:
-        product = torch.mm if first else torch.addmm
-        product(*(() if first else (dw,)), dz.t(), h, out_dtype=dw.dtype, out=dw)
+        torch.addmm(dw, dz.t(), h, out_dtype=dw.dtype, out=dw)
     else:
         # PyTorch has no GEMM on CPU from 16 bits to float32. Each product is rounded once, and tile by tile
         # added while it is in the cache.
-        tile = dz.new_empty(min(TILE_ROWS, dw.shape[0]), dw.shape[1])
+        room = dz.new_empty(min(TILE_ROWS, dw.shape[0]), dw.shape[1])
         for total, columns in zip(dw.split(TILE_ROWS), dz.split(TILE_ROWS, dim=1), strict=True):
-            product = torch.mm(columns.t(), h, out=tile[: total.shape[0]])
-            total.copy_(product) if first else total.add_(product)
+            tile = torch.mm(columns.t(), h, out=room[: total.shape[0]])
+            total.copy_(tile) if first else total.add_(tile)
 
 
 def _spread(x: Tensor, live: Tensor, every: int) -> Tensor:
@@ -347,17 +350,23 @@ def _backward_grad(ctx, upstream: Tensor, *_):
             " reduction='none' computes them anew for each backward"
         )
     gradients, ctx.gradients = ctx.gradients, None
-    given = []
-    for grad, want in zip(gradients, ctx.wanted, strict=True):
-        if want:
-            torch.ops.fasttune.scale_(grad, upstream)
-        given.append(grad if want else None)
+    given = (_scaled(grad, upstream) if want else None for grad, want in zip(gradients, ctx.wanted, strict=True))
     return *given, *(None,) * 9
+
+
+def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
+    """grad · upstream, in grad itself; but a trace takes grad for an output of the forward, to be left alone."""
+    if type(upstream) is not Tensor:
+        return (grad * upstream).to(grad.dtype)
+    torch.ops.fasttune.scale_(grad, upstream)
+    return grad
 
 
 def _refuse_second_order() -> None:
     if torch.is_grad_enabled():
-        raise NotImplementedError("linear_cross_entropy can be differentiated once, not twice; in float64, more often")
+        raise NotImplementedError(
+            "linear_cross_entropy can be differentiated once, not twice; in float64, more often"
+        )
 
 
 torch.library.register_autograd(
