@@ -139,7 +139,7 @@ struct Row {
   template <bool kStored, typename S>
   FASTTUNE_INLINE void write_gradient(const S* from, T* grad, int64_t target, float max,
                                       const Factors& factors) const {
-    const auto one = [&](int64_t c, float hard) {
+    const auto one = [&](int64_t c, float hard) __attribute__((always_inline)) {
       const float w = kSmooth && weight != nullptr ? weight[c] : 1.0f;
       const F x = V::all(static_cast<float>(from[c]));
       return T(gradient<kStored>(x, V::all(w), max, cap, hard, factors)[0]);

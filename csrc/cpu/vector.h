@@ -15,9 +15,7 @@
 #include <cmath>
 #include <cstdint>
 
-#if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // about calls with vectors, which do not happen
-#endif
 #define FASTTUNE_INLINE inline __attribute__((always_inline))
 
 namespace fasttune::cpu {

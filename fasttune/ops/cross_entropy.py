@@ -62,8 +62,9 @@ def cross_entropy(
     Returns the loss, float32 (float64 for float64), [] or [...] for "none"; with return_lse also logsumexp of
     the (capped) logits, [...], 0 in ignored rows, which carries no gradient.
 
-    A second backward (retain_graph) gives equal gradients; in place it raises where the first one had to scale
-    or write the gradient. Differentiating the backward raises NotImplementedError, except for float64.
+    A second backward (retain_graph) gives equal gradients; in place it raises, by autograd's own check, where the
+    first one wrote to the logits: for "none", for an upstream gradient other than 1, and always on CUDA, where
+    the host cannot know. Differentiating the backward raises NotImplementedError, except for float64.
 
     Raises ValueError naming the argument at fault, TypeError for a wrong dtype, and IndexError naming the first
     row whose label is out of range, and the range.
