@@ -73,7 +73,9 @@ def kernels() -> dict:
     unix = os.name == "posix"
     # gcc 12 takes its own intrinsics headers for uninitialized (GCC bug 105593).
     flags = (
-        ["-O3", "-g0", "-ffp-contract=off", "-Wno-uninitialized", "-Wno-maybe-uninitialized"] if unix else ["/O2"]
+        ["-O3", "-g0", "-ffp-contract=off", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"]
+        if unix
+        else ["/O2"]
     )
     if sys.platform.startswith("linux"):
         flags.append("-fopenmp")

@@ -18,12 +18,18 @@
 
 #ifdef FASTTUNE_VECTORS
 
+#if defined(__x86_64__)
+#define FASTTUNE_X86 1
+#define FASTTUNE_AVX2 __attribute__((target("avx2,fma")))
+#define FASTTUNE_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#endif
+
 namespace fasttune::cpu {
 namespace {
 
 constexpr int64_t kScoreBytes =
-    384 * 1024;                    // of one block of scores: two of them fit a cache of 1 MB
-constexpr int64_t kMultiple = 16;  // odd sizes make oneDNN's products up to three times slower
+    384 * 1024;                        // of one block of scores: two of them fit a cache of 1 MB
+constexpr int64_t kMultiple = kGroup;  // odd sizes make oneDNN's products up to three times slower
 
 int64_t round_up(int64_t n) { return (n + kMultiple - 1) / kMultiple * kMultiple; }
 
@@ -111,126 +117,140 @@ struct Rows {
   float* stats;  // [heads x queries, 2]: the maximum, and 1 / sum of exp(score - maximum)
 };
 
-// Sixteen bits from bit i on.
-FASTTUNE_INLINE uint32_t bits_at(const uint16_t* bits, int64_t i) {
-  uint32_t word;
-  std::memcpy(&word, reinterpret_cast<const char*>(bits) + i / 8, sizeof word);
-  return word >> (i % 8) & 0xFFFFu;
-}
+// The rows of scores of one block, in groups of sixteen lanes, each a few vectors wide.
+template <int kWidth, typename T>
+struct RowKernel {
+  using V = Vector<kWidth>;
+  using F = typename V::F;
+  using U = typename V::U;
+  static constexpr int kParts = kGroup / kWidth;
 
-FASTTUNE_INLINE F16 where_kept(uint32_t bits, F16 v) {
-  const U16 lane = {1u << 0, 1u << 1, 1u << 2,  1u << 3,  1u << 4,  1u << 5,  1u << 6,  1u << 7,
-                    1u << 8, 1u << 9, 1u << 10, 1u << 11, 1u << 12, 1u << 13, 1u << 14, 1u << 15};
-  return ((U16{} + bits) & lane) != 0u ? v : F16{};
-}
+  const Shape& s;
+  const Rows<T>& rows;
 
-template <typename T>
-FASTTUNE_INLINE void softmax_row(const Rows<T>& rows, T* scores, int64_t n, int64_t bit,
-                                 float* stats) {
-  F16 top = all(-INFINITY);
-  for (int64_t j = 0; j < n; j += kLanes) {
-    const F16 v = load(scores + j) * rows.scale + load(rows.mask_row + j);
-    store(rows.wide + j, v);
-    top = larger(v, top);
+  // kWidth bits from bit i on; the other lanes of v become 0.
+  FASTTUNE_INLINE F where_kept(int64_t i, F v) const {
+    uint32_t word;
+    std::memcpy(&word, reinterpret_cast<const char*>(rows.kept) + i / 8, sizeof word);
+    U bit;
+    for (int lane = 0; lane < kWidth; ++lane) bit[lane] = 1u << lane;
+    return ((U{} + (word >> (i % 8))) & bit) != 0u ? v : F{};
   }
-  const float max = largest_of_lanes(top);
-  F16 sum = {};
-  for (int64_t j = 0; j < n; j += kLanes) {
-    const F16 e = exp(load(rows.wide + j) - max);
-    store(rows.wide + j, e);
-    sum += e;
-  }
-  const float inverse = 1.0f / sum_of_lanes(sum);
-  stats[0] = max;
-  stats[1] = inverse;
-  const float factor = inverse * rows.keep_scale;
-  for (int64_t j = 0; j < n; j += kLanes) {
-    F16 weight = load(rows.wide + j) * factor;
-    if (rows.kept) weight = where_kept(bits_at(rows.kept, bit + j), weight);
-    store(scores + j, weight);
-  }
-}
 
-template <typename T>
-FASTTUNE_INLINE float dot(const T* a, const T* b, int64_t n) {
-  F16 sum = {};
-  for (int64_t j = 0; j < n; j += kLanes) {
-    sum += n - j >= kLanes ? load(a + j) * load(b + j)
-                           : load_some(a + j, n - j, 0.0f) * load_some(b + j, n - j, 0.0f);
+  FASTTUNE_INLINE F score(const T* scores, int64_t j) const {
+    return V::load(scores + j) * rows.scale + V::load(rows.mask_row + j);
   }
-  return sum_of_lanes(sum);
-}
 
-// w: weight, m: mask / (1 - p), dw: the gradient of m w. That of a raw score is
-// scale w (m dw - sum over the row of m w dw), and the sum is the row's out . dout.
-template <typename T>
-FASTTUNE_INLINE void softmax_backward_row(const Rows<T>& rows, T* scores, T* dweights, int64_t n,
-                                          int64_t bit, const float* stats, float sum) {
-  for (int64_t j = 0; j < n; j += kLanes) {
-    const F16 weight =
-        exp(load(scores + j) * rows.scale + load(rows.mask_row + j) - stats[0]) * stats[1];
-    F16 dropped = weight, incoming = load(dweights + j);
-    if (rows.kept) {
-      const uint32_t bits = bits_at(rows.kept, bit + j);
-      dropped = where_kept(bits, weight * rows.keep_scale);
-      incoming = where_kept(bits, incoming * rows.keep_scale);
-    }
-    store(scores + j, dropped);
-    store(dweights + j, weight * rows.scale * (incoming - sum));
-  }
-}
-
-template <typename T>
-FASTTUNE_INLINE void all_rows(const Shape& s, int64_t head, int64_t heads, const Rows<T>& rows) {
-  const T* masked_as = nullptr;
-  for (int64_t h = 0; h < heads; ++h) {
-    for (int64_t r = 0; r < s.rows(); ++r) {
-      const int64_t at = h * s.padded_rows() + r, row = h * s.rows() + r;
-      if (rows.mask != nullptr) {
-        const T* mask =
-            rows.mask + (head * s.g + row / s.q) * rows.mask_head + r % s.q * rows.mask_query;
-        if (mask != masked_as)
-          std::memcpy(static_cast<void*>(rows.mask_row), mask, s.k * sizeof(T));
-        masked_as = mask;
-      }
-      T* scores = rows.scores + at * s.padded_keys();
-      const int64_t bit = rows.skip + row * s.k;
-      float* stats = rows.stats + 2 * row;
-      if (rows.dweights == nullptr) {
-        softmax_row(rows, scores, s.k, bit, stats);
-      } else {
-        softmax_backward_row(rows, scores, rows.dweights + at * s.padded_keys(), s.k, bit, stats,
-                             dot(rows.out + at * s.d, rows.dout + at * s.d, s.d));
+  FASTTUNE_INLINE void softmax(T* scores, int64_t bit, float* stats) const {
+    F top[kParts], sum[kParts] = {};
+    for (int p = 0; p < kParts; ++p) top[p] = V::all(-INFINITY);
+    for (int64_t j = 0; j < s.k; j += kGroup) {
+      for (int p = 0; p < kParts; ++p) {
+        const int64_t at = j + p * kWidth;
+        const F v = score(scores, at);
+        V::store(rows.wide + at, v);
+        top[p] = V::larger(v, top[p]);
       }
     }
+    const float max = V::largest(top);
+    for (int64_t j = 0; j < s.k; j += kGroup) {
+      for (int p = 0; p < kParts; ++p) {
+        const int64_t at = j + p * kWidth;
+        const F e = V::exp(V::load(rows.wide + at) - max);
+        V::store(rows.wide + at, e);
+        sum[p] += e;
+      }
+    }
+    const float inverse = 1.0f / V::sum(sum);
+    stats[0] = max;
+    stats[1] = inverse;
+    const float factor = inverse * rows.keep_scale;
+    for (int64_t j = 0; j < s.k; j += kWidth) {
+      F weight = V::load(rows.wide + j) * factor;
+      if (rows.kept != nullptr) weight = where_kept(bit + j, weight);
+      V::store(scores + j, weight);
+    }
   }
-}
+
+  FASTTUNE_INLINE float dot(const T* a, const T* b, int64_t n) const {
+    F sum[kParts] = {};
+    int64_t j = 0;
+    for (; j + kGroup <= n; j += kGroup) {
+      for (int p = 0; p < kParts; ++p) {
+        sum[p] += V::load(a + j + p * kWidth) * V::load(b + j + p * kWidth);
+      }
+    }
+    float result = V::sum(sum);
+    for (; j < n; ++j) result += static_cast<float>(a[j]) * static_cast<float>(b[j]);
+    return result;
+  }
+
+  // w: weight, m: mask / (1 - p), dw: the gradient of m w. That of a raw score is
+  // scale w (m dw - sum over the row of m w dw), and the sum is the row's out . dout.
+  FASTTUNE_INLINE void softmax_backward(T* scores, T* dweights, int64_t bit, const float* stats,
+                                        float sum) const {
+    for (int64_t j = 0; j < s.k; j += kWidth) {
+      const F weight = V::exp(score(scores, j) - stats[0]) * stats[1];
+      F dropped = weight, incoming = V::load(dweights + j);
+      if (rows.kept != nullptr) {
+        dropped = where_kept(bit + j, weight * rows.keep_scale);
+        incoming = where_kept(bit + j, incoming * rows.keep_scale);
+      }
+      V::store(scores + j, dropped);
+      V::store(dweights + j, weight * rows.scale * (incoming - sum));
+    }
+  }
+
+  FASTTUNE_INLINE void run(int64_t head, int64_t heads) const {
+    const T* masked_as = nullptr;
+    for (int64_t h = 0; h < heads; ++h) {
+      for (int64_t r = 0; r < s.rows(); ++r) {
+        const int64_t at = h * s.padded_rows() + r, row = h * s.rows() + r;
+        if (rows.mask != nullptr) {
+          const T* mask =
+              rows.mask + (head * s.g + row / s.q) * rows.mask_head + r % s.q * rows.mask_query;
+          if (mask != masked_as)
+            std::memcpy(static_cast<void*>(rows.mask_row), mask, s.k * sizeof(T));
+          masked_as = mask;
+        }
+        T* scores = rows.scores + at * s.padded_keys();
+        const int64_t bit = rows.skip + row * s.k;
+        float* stats = rows.stats + 2 * row;
+        if (rows.dweights == nullptr) {
+          softmax(scores, bit, stats);
+        } else {
+          softmax_backward(scores, rows.dweights + at * s.padded_keys(), bit, stats,
+                           dot(rows.out + at * s.d, rows.dout + at * s.d, s.d));
+        }
+      }
+    }
+  }
+};
 
 template <typename T>
 using AllRows = void (*)(const Shape&, int64_t, int64_t, const Rows<T>&);
 
 template <typename T>
 void all_rows_default(const Shape& s, int64_t head, int64_t heads, const Rows<T>& rows) {
-  all_rows(s, head, heads, rows);
+  RowKernel<4, T>{s, rows}.run(head, heads);
 }
 
-#if defined(__x86_64__)
+#ifdef FASTTUNE_X86
 template <typename T>
-__attribute__((target("avx2,fma"))) void all_rows_avx2(const Shape& s, int64_t head, int64_t heads,
-                                                       const Rows<T>& rows) {
-  all_rows(s, head, heads, rows);
+FASTTUNE_AVX2 void all_rows_avx2(const Shape& s, int64_t head, int64_t heads, const Rows<T>& rows) {
+  RowKernel<8, T>{s, rows}.run(head, heads);
 }
 
 template <typename T>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void all_rows_avx512(
-    const Shape& s, int64_t head, int64_t heads, const Rows<T>& rows) {
-  all_rows(s, head, heads, rows);
+FASTTUNE_AVX512 void all_rows_avx512(const Shape& s, int64_t head, int64_t heads,
+                                     const Rows<T>& rows) {
+  RowKernel<16, T>{s, rows}.run(head, heads);
 }
 #endif
 
 template <typename T>
 AllRows<T> all_rows_here() {
-#if defined(__x86_64__)
+#ifdef FASTTUNE_X86
   const std::string name = capability();
   if (name == "avx512") return all_rows_avx512<T>;
   if (name == "avx2") return all_rows_avx2<T>;

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "../softmax.h"
+
 namespace fasttune::cpu {
 
 enum class DType { kFloat64, kFloat32, kFloat16, kBFloat16 };
@@ -30,6 +32,27 @@ void draw_mask(uint64_t seed, uint64_t first, int64_t n, double p, uint16_t* bit
 // What dropout does, on this thread, with a mask whose bit 0 is x's first element; the seed is not
 // used.
 void apply_mask(const DropoutParams& params, const uint16_t* bits);
+
+// Loss, statistics and gradient of each row, as csrc/softmax.h has them; 0 where the target is
+// ignore_index, whatever the row holds. A target other than that is in [0, classes). grad may be
+// logits. Without loss, the statistics are read instead of written.
+struct CrossEntropyParams {
+  const void* logits;     // [rows, classes], unit stride within a row; fp32 or bf16
+  void* grad;             // [rows, classes] likewise, of the logits' type; null: not wanted
+  const int64_t* target;  // [rows]
+  const float* factor;    // [rows], by factor_stride; multiplies the row's gradient
+  const float* weight;    // [classes]; null: all 1
+  float* loss;            // [rows]; null: only the gradient is wanted
+  float* stats;           // [rows, 2]: max and log_sum of the capped logits
+  int64_t rows, classes;
+  int64_t logits_stride, grad_stride, factor_stride;  // elements from row to row
+  int64_t ignore_index;
+  float weight_sum;  // over all classes, in case of smoothing
+  CrossEntropyOptions options;
+  DType dtype;
+};
+
+void cross_entropy(const CrossEntropyParams& params);
 
 // The instruction set that the kernels use on this machine: "avx512", "avx2" or "default".
 const char* capability();

@@ -4,6 +4,16 @@ from fasttune.ops.attention import attention
 from fasttune.ops.cross_entropy import cross_entropy
 from fasttune.ops.dropout import dropout
 from fasttune.ops.library import Backend, backend, build_info
+from fasttune.ops.linear_cross_entropy import linear_cross_entropy
 from fasttune.ops.lora_linear import lora_linear
 
-__all__ = ["Backend", "attention", "backend", "build_info", "cross_entropy", "dropout", "lora_linear"]
+__all__ = [
+    "Backend",
+    "attention",
+    "backend",
+    "build_info",
+    "cross_entropy",
+    "dropout",
+    "linear_cross_entropy",
+    "lora_linear",
+]

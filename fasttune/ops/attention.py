@@ -69,10 +69,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> No
     full = (b, heads, queries, key.shape[2])
     fits = mask.dim() <= 4 and all(m in (1, n) for m, n in zip(reversed(mask.shape), reversed(full), strict=False))
     if not fits or mask.dtype != query.dtype:
-        raise ValueError(
-            f"mask: expected {query.dtype} of a shape that broadcasts to {list(full)}, found {mask.dtype} of shape "
-            f"{list(mask.shape)}"
-        )
+        expected = f"{query.dtype} of a shape that broadcasts to {list(full)}"
+        raise ValueError(f"mask: expected {expected}, found {mask.dtype} of shape {list(mask.shape)}")
     if mask.requires_grad:
         raise ValueError("mask: expected a tensor without gradient, found one that requires it")
 
