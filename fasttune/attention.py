@@ -34,8 +34,8 @@ def plain_attention(
     """softmax(query keyᵀ · scaling + mask) value, by `fasttune.ops.attention`.
 
     query: [rows, heads, queries, width]. key, value: [rows, heads or fewer, keys, width].
-    attention_mask: additive, broadcast to [rows, heads, queries, at least keys]. scaling: width ** -0.5 if None. Returns the result
-    [rows, queries, heads, width]; weights never exist as a whole.
+    attention_mask: additive, broadcast to [rows, heads, queries, at least keys]. scaling: width ** -0.5 if None.
+    Returns the result [rows, queries, heads, width]; weights never exist as a whole.
     """
     mask = None if attention_mask is None else attention_mask[..., : key.shape[-2]]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
