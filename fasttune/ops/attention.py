@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fasttune.ops.dropout import check_p, draw_seed, dropout_reference
-from fasttune.ops.library import LIBRARY, OPS, Op
+from fasttune.ops.library import LIBRARY, OPS, Op, record_use
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -45,6 +45,7 @@ def attention(
     """
     check_p("dropout", dropout)
     _check(query, key, value, mask)
+    record_use("attention", query)
     p = dropout if training else 0.0
     seed = draw_seed() if p > 0 else None
     out, _ = torch.ops.fasttune.attention(query, key, value, mask, scale, p, seed)
