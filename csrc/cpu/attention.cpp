@@ -107,9 +107,10 @@ struct Rows {
   T* dweights;   // null in the forward; the gradient of the dropped weights, then of the raw scores
   const T* out;  // of the forward, and its gradient: their product is the softmax's correction
   const T* dout;
-  const T* mask;  // added to the scaled scores, or null; strides below
-  T* mask_row;    // [padded keys]: the mask of one row, 0 without one; -inf in the padding
+  const char* mask;  // added to the scaled scores, or null: float or T, strides in bytes
+  float* mask_row;   // [padded keys]: the mask of one row, 0 without one; -inf in the padding
   int64_t mask_head, mask_query;
+  bool mask_is_float;
   const uint16_t* kept;  // bit `skip` is the block's first element; null without dropout
   int64_t skip;
   float scale, keep_scale;  // of the scores; 1 / (1 - p)
@@ -201,16 +202,24 @@ struct RowKernel {
     }
   }
 
+  FASTTUNE_INLINE void load_mask(const char* mask) const {
+    if (rows.mask_is_float) {
+      std::memcpy(rows.mask_row, mask, s.k * sizeof(float));
+    } else {
+      const T* narrow = reinterpret_cast<const T*>(mask);
+      for (int64_t j = 0; j < s.k; ++j) rows.mask_row[j] = static_cast<float>(narrow[j]);
+    }
+  }
+
   FASTTUNE_INLINE void run(int64_t head, int64_t heads) const {
-    const T* masked_as = nullptr;
+    const char* masked_as = nullptr;
     for (int64_t h = 0; h < heads; ++h) {
       for (int64_t r = 0; r < s.rows(); ++r) {
         const int64_t at = h * s.padded_rows() + r, row = h * s.rows() + r;
         if (rows.mask != nullptr) {
-          const T* mask =
+          const char* mask =
               rows.mask + (head * s.g + row / s.q) * rows.mask_head + r % s.q * rows.mask_query;
-          if (mask != masked_as)
-            std::memcpy(static_cast<void*>(rows.mask_row), mask, s.k * sizeof(T));
+          if (mask != masked_as) load_mask(mask);
           masked_as = mask;
         }
         T* scores = rows.scores + at * s.padded_keys();
@@ -267,8 +276,7 @@ struct Block {
   const Blocks blocks;
   at::Tensor q, k, v, out, scores;
   std::vector<uint16_t> bits;
-  std::vector<float> wide;
-  std::vector<T> mask_row;
+  std::vector<float> wide, mask_row;
   const AllRows<T> kernel = all_rows_here<T>();
   int64_t b = 0, head = 0, heads = 0;
 
@@ -278,7 +286,7 @@ struct Block {
         blocks(all_blocks),
         wide(s.padded_keys()),
         mask_row(s.padded_keys()) {
-    std::fill(mask_row.begin() + s.k, mask_row.end(), static_cast<T>(-INFINITY));
+    std::fill(mask_row.begin() + s.k, mask_row.end(), -INFINITY);
     q = rows_buffer(s.padded_rows(), s.d);
     k = rows_buffer(s.padded_keys(), s.d);
     v = rows_buffer(s.padded_keys(), s.d);
@@ -323,9 +331,12 @@ struct Block {
       rows.dout = dout.const_data_ptr<T>();
     }
     if (call.mask.defined()) {
-      rows.mask = call.mask.const_data_ptr<T>() + b * call.mask.stride(0);
-      rows.mask_head = call.mask.stride(1);
-      rows.mask_query = call.mask.stride(2);
+      const int64_t item = static_cast<int64_t>(call.mask.element_size());
+      rows.mask =
+          static_cast<const char*>(call.mask.const_data_ptr()) + b * call.mask.stride(0) * item;
+      rows.mask_head = call.mask.stride(1) * item;
+      rows.mask_query = call.mask.stride(2) * item;
+      rows.mask_is_float = call.mask.scalar_type() == at::kFloat;
     }
     if (call.p > 0) {
       const uint64_t first = static_cast<uint64_t>(first_row) * static_cast<uint64_t>(s.k);

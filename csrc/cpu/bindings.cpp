@@ -7,6 +7,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "products.h"
 #include "vector.h"
@@ -86,9 +87,15 @@ AttentionCall attention_call(const at::Tensor& query, const at::Tensor& key,
                     value.sizes(), " do not fit");
   AttentionCall call{unit_width(query), unit_width(key), unit_width(value)};
   if (mask.has_value()) {
-    const at::Tensor full =
-        mask->to(type).expand({query.size(0), query.size(1), query.size(2), key.size(2)});
-    call.mask = unit_width(full);
+    TORCH_CHECK_TYPE(mask->scalar_type() == type || mask->scalar_type() == at::kFloat,
+                     "attention: expected a mask of ", type, " or float32, found ",
+                     mask->scalar_type());
+    // The last dimension first and alone: what is broadcast over rows need not be copied for each.
+    std::vector<int64_t> sizes = mask->sizes().vec();
+    if (sizes.empty()) sizes = {1};
+    sizes.back() = key.size(2);
+    call.mask = unit_width(mask->expand(sizes))
+                    .expand({query.size(0), query.size(1), query.size(2), key.size(2)});
   }
   call.scale = static_cast<float>(scale);
   call.p = seed.has_value() ? p : 0.0;

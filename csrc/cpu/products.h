@@ -13,7 +13,8 @@ struct AttentionCall {
   at::Tensor query;  // [b, heads, q, d], float32 or bfloat16, unit stride in d
   at::Tensor key;    // [b, key heads, k, d]; heads is a multiple of key heads
   at::Tensor value;  // [b, key heads, k, d]
-  at::Tensor mask;  // expanded to [b, heads, q, k], unit stride in k, of query's type; or undefined
+  at::Tensor mask;   // expanded to [b, heads, q, k], unit stride in k, float32 or query's type; or
+                     // undefined
   at::Tensor stats;  // [b, heads, q, 2] float32: maximum, 1 / sum of exp(score - maximum)
   float scale;       // of the scores
   double p;          // of dropping a weight

@@ -33,17 +33,22 @@ def attention(
 ) -> Tensor:
     """softmax(query keyᵀ · scale + mask) value, with dropout on the weights.
 
-    query: [b, h, q, d]; key, value: [b, h/g, k, d], of query's floating-point dtype; strided or not.
-    mask: added to the scaled scores, of query's dtype, broadcast to [b, h, q, k]; gets no gradient.
+    query: [b, h, q, d]; key, value: [b, h/g, k, d] with one key or more, of query's floating-point dtype; strided
+        or not.
+    mask: added to the scaled scores, of query's dtype or float32, broadcast to [b, h, q, k]; gets no gradient.
     dropout: the probability for a weight, in [0, 1]; nothing is dropped unless training.
 
     Returns [b, q, h, d], contiguous, in query's dtype. Scores are rounded to that dtype, as any product is; the
     softmax and its dropout are computed in float32 (float64 for float64). A row of scores that is all -inf gives
-    NaN, as torch.softmax does. Differentiating the backward raises NotImplementedError.
+    NaN, as torch.softmax does. Under autocast query, key and value are taken to its dtype first; the mask is not,
+    since float32's lowest number is -inf in bfloat16. Differentiating the backward raises NotImplementedError.
 
     Raises ValueError naming the argument, the shape or dtype expected and the one found.
     """
     check_p("dropout", dropout)
+    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     _check(query, key, value, mask)
     record_use("attention", query)
     p = dropout if training else 0.0
@@ -58,8 +63,10 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> No
             f"query: expected floating-point [b, h, q, d], found {query.dtype} of shape {list(query.shape)}"
         )
     b, heads, queries, width = query.shape
-    if key.dim() != 4 or key.shape[0] != b or key.shape[3] != width or not key.shape[1] or heads % key.shape[1]:
-        raise ValueError(f"key: expected [{b}, a divisor of {heads}, k, {width}], found {list(key.shape)}")
+    fits = key.dim() == 4 and (key.shape[0], key.shape[3]) == (b, width) and min(key.shape[1:3]) > 0
+    if not fits or heads % key.shape[1]:
+        expected = f"[{b}, a divisor of {heads}, 1 or more, {width}]"
+        raise ValueError(f"key: expected {expected}, found {list(key.shape)}")
     if value.shape != key.shape:
         raise ValueError(f"value: expected key's shape {list(key.shape)}, found {list(value.shape)}")
     for name, tensor in (("key", key), ("value", value)):
@@ -69,8 +76,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> No
         return
     full = (b, heads, queries, key.shape[2])
     fits = mask.dim() <= 4 and all(m in (1, n) for m, n in zip(reversed(mask.shape), reversed(full), strict=False))
-    if not fits or mask.dtype != query.dtype:
-        expected = f"{query.dtype} of a shape that broadcasts to {list(full)}"
+    if not fits or mask.dtype not in (query.dtype, torch.float32):
+        expected = f"{query.dtype} or float32 of a shape that broadcasts to {list(full)}"
         raise ValueError(f"mask: expected {expected}, found {mask.dtype} of shape {list(mask.shape)}")
     if mask.requires_grad:
         raise ValueError("mask: expected a tensor without gradient, found one that requires it")
@@ -112,8 +119,9 @@ def attention_backward_reference(
     scale: float,
     p: float,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dout, out: [b, q, h, d]. Returns the gradients of query, key and value, of their shapes."""
+) -> tuple[Tensor, ...]:
+    """dout, out: [b, q, h, d]. Returns the gradients of query, key and value, of their shapes, over memory in which
+    the heads of a position lie side by side, as the layers before attention have them."""
     top, inverse = stats.split(1, dim=-1)
     weights = (_scores(query, key, mask, scale) - top).exp() * inverse
     gradient = dout.transpose(1, 2)
@@ -128,7 +136,8 @@ def attention_backward_reference(
     dvalue = torch.matmul(dropped.to(query.dtype).transpose(2, 3), gradient)
     b, heads, keys, width = key.shape
     grouped = (b, heads, query.shape[1] // heads, keys, width)
-    return dquery, dkey.view(grouped).sum(2), dvalue.view(grouped).sum(2)
+    gradients = dquery, dkey.view(grouped).sum(2), dvalue.view(grouped).sum(2)
+    return tuple(of.transpose(1, 2).contiguous().transpose(1, 2) for of in gradients)
 
 
 LIBRARY.define(
@@ -152,7 +161,7 @@ def _(query, key, value, mask, scale, p, seed):
 
 @torch.library.register_fake("fasttune::attention_backward", lib=LIBRARY)
 def _(dout, query, key, value, mask, out, stats, scale, p, seed):
-    return tuple(torch.empty(of.shape, dtype=of.dtype, device=of.device) for of in (query, key, value))
+    return tuple(of.new_empty(of.transpose(1, 2).shape).transpose(1, 2) for of in (query, key, value))
 
 
 def _setup(ctx, inputs, output) -> None:
