@@ -33,19 +33,27 @@ __device__ __forceinline__ Cap cap_of(const CrossEntropyParams& p) {
   return {p.options.softcap, 1.0f / p.options.softcap};
 }
 
-// tanh as 1 - 2 / (1 + exp(2 t)) is off by 1e-7: the rounding of a logit of the cap's size, but too
+// With q = 1 / (1 + exp(2 |t|)): tanh |t| = 1 - 2 q, and its derivative 4 q (1 - q) keeps its digits
+// where the tanh is all but 1. The tanh is off by 1e-7, the rounding of a logit of the cap's size: too
 // much for small ones in fp32.
 template <typename T>
-__device__ __forceinline__ float capped(float x, Cap c) {
-  if (sizeof(T) == 4) return c.cap * tanhf(x * c.inverse);
-  // The quotient is 0 from 40 on; further up, the fast division would see infinity.
-  const float t = fminf(x * c.inverse, 40.0f);
-  return x != x ? x : c.cap - fast_divide(2.0f * c.cap, 1.0f + fast_exp(2.0f * t));
+__device__ __forceinline__ float capped(float x, Cap c, float& slope) {
+  if (sizeof(T) == 4) {
+    const float tanh = tanhf(x * c.inverse);
+    slope = (1.0f - tanh) * (1.0f + tanh);
+    return c.cap * tanh;
+  }
+  // q is 0 from 40 on; further up, the fast division would see infinity.
+  const float t = fminf(fabsf(x * c.inverse), 40.0f);
+  const float q = fast_divide(1.0f, 1.0f + fast_exp(2.0f * t));
+  slope = 4.0f * q * (1.0f - q);
+  return x != x ? x : copysignf(c.cap - 2.0f * c.cap * q, x);
 }
 
 template <typename T, bool kPlain>
 __device__ __forceinline__ float cap_if(float x, Cap c) {
-  return kPlain || c.cap == 0.0f ? x : capped<T>(x, c);
+  float unused;
+  return kPlain || c.cap == 0.0f ? x : capped<T>(x, c, unused);
 }
 
 // One row as one block of a cluster sees it. The n-th vector of a thread begins at column(n).
@@ -246,7 +254,8 @@ __device__ __forceinline__ RowGradient row_gradient(const CrossEntropyParams& p,
 template <typename T, bool kPlain>
 __device__ __forceinline__ float gradient(const RowGradient& r, float x, int32_t column,
                                           float& weighted) {
-  const float z = cap_if<T, kPlain>(x, r.cap);
+  float slope = 1.0f;
+  const float z = kPlain || r.cap.cap == 0.0f ? x : capped<T>(x, r.cap, slope);
   float g = r.scale * exponential<T>(z - r.max);
   if (!kPlain && r.smoothing) {
     const float w = r.weight == nullptr ? 1.0f : r.weight[column];
@@ -254,11 +263,7 @@ __device__ __forceinline__ float gradient(const RowGradient& r, float x, int32_t
     g -= r.smooth * w;
   }
   if (column == r.label) g -= r.hard;
-  if (!kPlain && r.cap.cap > 0.0f) {
-    const float t = z * r.cap.inverse;
-    g *= (1.0f - t) * (1.0f + t);
-  }
-  return g;
+  return kPlain ? g : g * slope;
 }
 
 template <typename T, bool kPlain>

@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(kLoraThreads, kRank == 16 ? 2 : 1)
   load_rows(begin, next);
   int parity = 0;
   for (int64_t chunk = begin; chunk < end; chunk += kUpChunk) {
-    block_sync();
+    // All have read the chunk before: they met after its last step.
     shared.low.fill(static_cast<const T*>(p.low), chunk, end, rank0, p.rank);
     block_sync();
     for (int row = 0; row < kUpChunk && chunk + row < end; row += 16) {

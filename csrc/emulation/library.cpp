@@ -24,7 +24,8 @@ const char* emulation_error() {
   return last.c_str();
 }
 
-// order: of a cluster's threads: 0 ascending, 1 descending, else a seed to shuffle them by.
+// order: of a cluster's warps: 0 ascending, 1 descending (and so the clusters), else a seed to shuffle
+// them by.
 void emulation_order(int order) { simt::machine().order = order; }
 
 void softmax_combine(const float* a, const float* b, float* out) {

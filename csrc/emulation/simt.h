@@ -2,7 +2,7 @@
 // the kernels run, whole and unchanged, where there is no GPU: tests/ops/test_emulated.py. Nothing
 // of this is part of fasttune._C.
 //
-// What it finds: wrong indices, missing barriers (threads run in the order that set_order chose),
+// What it finds: wrong indices, missing barriers (warps run in the order that the test chooses),
 // barriers that not all reach, misaligned vectors, shared memory read before it is written (it starts
 // as NaN). What it can't: speed, and what the hardware does otherwise than documented.
 #pragma once
@@ -72,6 +72,7 @@ struct Fiber {
   Block* home;
   Warp* warp;
   int64_t cluster_phase;
+  bool arrived;  // at the cluster's barrier, without having waited yet
   bool done;
 };
 
@@ -86,7 +87,7 @@ struct Machine {
   Index block_dim, grid_dim;
   int cluster_size = 1;
   int64_t events = 0;  // arrivals and ends: without any in a whole round, all wait for ever
-  int order = 0;       // of the threads: 0 ascending, 1 descending, else a seed
+  int order = 0;       // of the warps: 0 ascending, 1 descending, else a seed
   std::string error;   // the first one
   int64_t launches = 0;
 };
@@ -175,21 +176,35 @@ inline void start_cluster(int64_t first_block, int threads, int shared) {
   }
 }
 
+// A warp runs as far as it can before the next one does, so that whoever relies on warps keeping step
+// is found out.
 inline void run_cluster() {
   Machine& m = machine();
-  std::vector<Fiber*> waiting;
-  for (Fiber& fiber : m.fibers) waiting.push_back(&fiber);
-  if (m.order == 1) std::reverse(waiting.begin(), waiting.end());
-  if (m.order > 1) std::shuffle(waiting.begin(), waiting.end(), std::mt19937(m.order));
-  while (!waiting.empty()) {
+  std::vector<std::vector<Fiber*>> warps;
+  for (Fiber& fiber : m.fibers) {
+    if (fiber.lane == 0) warps.emplace_back();
+    warps.back().push_back(&fiber);
+  }
+  if (m.order == 1) std::reverse(warps.begin(), warps.end());
+  if (m.order > 1) std::shuffle(warps.begin(), warps.end(), std::mt19937(m.order));
+  for (bool more = true; more;) {
     const int64_t before = m.events;
-    for (Fiber* fiber : waiting) {
-      m.running = fiber;
-      swapcontext(&m.scheduler, &fiber->context);
+    more = false;
+    for (std::vector<Fiber*>& warp : warps) {
+      int64_t seen;
+      do {
+        seen = m.events;
+        for (Fiber* fiber : warp) {
+          if (fiber->done) continue;
+          m.running = fiber;
+          swapcontext(&m.scheduler, &fiber->context);
+        }
+      } while (m.events != seen);
+      for (const Fiber* fiber : warp) more = more || !fiber->done;
     }
-    if (m.events == before) return fail("deadlock: some threads wait at a barrier others don't reach");
-    waiting.erase(std::remove_if(waiting.begin(), waiting.end(), [](Fiber* f) { return f->done; }),
-                  waiting.end());
+    if (more && m.events == before) {
+      return fail("deadlock: some threads wait at a barrier that others don't reach");
+    }
   }
 }
 
@@ -288,11 +303,17 @@ S& block_shared() {
 inline int cluster_size() { return simt::machine().cluster_size; }
 inline int cluster_rank() { return simt::self().rank; }
 inline void cluster_arrive() {
-  simt::self().cluster_phase = simt::arrive(simt::machine().cluster);
+  simt::Fiber& me = simt::self();
+  if (me.arrived) simt::fail("a thread arrives twice at the cluster's barrier and never waited");
+  me.arrived = true;
+  me.cluster_phase = simt::arrive(simt::machine().cluster);
 }
 inline void cluster_arrive_relaxed() { cluster_arrive(); }
 inline void cluster_wait() {
-  simt::wait(simt::machine().cluster, simt::self().cluster_phase);
+  simt::Fiber& me = simt::self();
+  if (!me.arrived) simt::fail("a thread waits at the cluster's barrier and never arrived");
+  me.arrived = false;
+  simt::wait(simt::machine().cluster, me.cluster_phase);
 }
 template <typename S>
 S* cluster_map(S* local, int rank) {
@@ -349,8 +370,10 @@ int launch(void (*kernel)(Params), const LaunchShape& shape, void*, const Params
   m.grid_dim = {static_cast<unsigned>(shape.blocks)};
   m.cluster_size = shape.cluster;
   m.body = [&] { kernel(params); };
-  for (int64_t block = 0; block < shape.blocks && m.error.empty(); block += shape.cluster) {
-    simt::start_cluster(block, shape.threads, shape.shared);
+  const int64_t clusters = shape.blocks / shape.cluster;
+  for (int64_t i = 0; i < clusters && m.error.empty(); ++i) {
+    const int64_t cluster = m.order == 1 ? clusters - 1 - i : i;
+    simt::start_cluster(cluster * shape.cluster, shape.threads, shape.shared);
     simt::run_cluster();
   }
   return m.error.empty() ? 0 : 1;

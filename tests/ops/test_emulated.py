@@ -19,13 +19,14 @@ from fasttune.ops.dropout import dropout_add_reference_, dropout_reference, mask
 SIXTEEN_BIT = [torch.bfloat16, torch.float16]
 EVERY = [torch.float32, *SIXTEEN_BIT]
 EPSILON = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+SMALLEST = {torch.float32: 0.0, torch.float16: 2**-25, torch.bfloat16: 0.0}  # half the step of subnormals
 SEED = -1234567890123456789
 MARGIN = 64  # elements
 
 
 @pytest.fixture(params=[0, 1, 5], ids=["ascending", "descending", "shuffled"])
 def order(emulated, request):
-    """Runs a test with the threads in another order: a missing barrier shows in one of them."""
+    """Runs a test with the warps in another order: a missing barrier shows in one of them."""
     emulated.emulation_order(request.param)
     yield
     emulated.emulation_order(0)
@@ -56,13 +57,13 @@ def random(*shape: int, dtype=torch.float32, seed: int = 0) -> Tensor:
 
 
 def run_cross_entropy(emulated, what, logits, target, *, grad=None, factor=None, weight=None, plan=None,
-                      stats=None, ignore_index=-100, label_smoothing=0.0, softcap=0.0, z_loss=0.0):  # fmt: skip
+                      stats=None, fault=None, ignore_index=-100, label_smoothing=0.0, softcap=0.0, z_loss=0.0):  # fmt: skip
     """what: 0 loss and statistics, 1 gradient from statistics, 2 in place. -> loss, stats, the fault's record."""
     rows, columns = logits.tensor.shape
     out = logits if what == 2 else grad
     loss = torch.full((rows,), 123.0)
     stats = torch.full((rows, 2), 123.0) if stats is None else stats
-    fault = torch.zeros(5, dtype=torch.int64)
+    fault = torch.zeros(5, dtype=torch.int64) if fault is None else fault
     total = None if weight is None else weight.sum()
     emulated.cross_entropy(
         what, logits.tensor, None if out is None else out.tensor, target, weight, total, factor, loss, stats, fault,
@@ -90,7 +91,8 @@ def exact(logits: Tensor, target: Tensor, factor: Tensor, **options):
 
 def close(found: Tensor, truth: Tensor, dtype: torch.dtype, slack: float = 1e-6) -> None:
     """One rounding to dtype for each element, and float32 noise relative to the largest."""
-    allowed = EPSILON[dtype] * truth.abs() + slack * truth.abs().max().clamp(min=1e-4)
+    rounding = (EPSILON[dtype] * truth.abs()).clamp(min=SMALLEST[dtype])
+    allowed = rounding + slack * truth.abs().max().clamp(min=1e-4)
     assert ((found.double() - truth).abs() <= allowed).all()
 
 
@@ -112,7 +114,7 @@ PLANS = [(1, 32, 1), (1, 96, 1), (2, 32, 1), (4, 64, 1), (8, 32, 1), (16, 32, 1)
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_cross_entropy_of_every_plan(emulated, plan, dtype, options):
     rows, columns = 5, 507
-    options = {**options, "weight": torch.rand(columns) if options.get("weight") else None}
+    options = {**options, "weight": torch.rand(columns, generator=torch.Generator().manual_seed(2)) if options.get("weight") else None}
     values = random(rows, columns, dtype=dtype) * 4
     target = torch.tensor([506, -100, 0, 8, 123])
     factor = random(rows, seed=1)
@@ -154,7 +156,7 @@ def test_cross_entropy_of_ugly_sizes_and_alignments(emulated, columns, dtype):
 @pytest.mark.parametrize("dtype", EVERY, ids=str)
 def test_cross_entropy_forward_and_backward(emulated, dtype, options, order):
     rows, columns = 4, 1500
-    options = {**options, "weight": torch.rand(columns) if options.get("weight") else None}
+    options = {**options, "weight": torch.rand(columns, generator=torch.Generator().manual_seed(2)) if options.get("weight") else None}
     values = random(rows, columns, dtype=dtype) * 4
     target = torch.tensor([3, 1499, -100, 700])
     factor = random(2 * rows, seed=1)[::2]
@@ -205,6 +207,11 @@ def test_first_label_out_of_range_is_recorded(emulated, what, plan, order):
     if what == 2:
         assert not logits.tensor[bad].any()
         assert logits.tensor[~bad][[0, 2, 3]].any(-1).all()
+    # Nobody has read the record yet: a later launch leaves it as it is.
+    before = fault.clone()
+    target = torch.tensor([101, 0, 0, 0, 0, 0, 0])
+    run_cross_entropy(emulated, what, logits, target, factor=factor, plan=plan, fault=fault)
+    assert torch.equal(fault, before)
 
 
 @pytest.mark.parametrize("plan", [(2, 32, 1), (1, 64, 0)], ids=str)
@@ -268,7 +275,8 @@ def dropped(x: Tensor, p: float) -> Tensor:
 
 def sums_close(found: Tensor, truth: Tensor, terms: Tensor) -> None:
     """A sum rounded once: to its own dtype, after float32 noise relative to the sum of absolute terms."""
-    allowed = EPSILON[found.dtype] * truth.abs() + 1e-6 * terms + 1e-30
+    rounding = (EPSILON[found.dtype] * truth.abs()).clamp(min=SMALLEST[found.dtype])
+    allowed = rounding + 1e-6 * terms + 1e-30
     assert ((found.double() - truth).abs() <= allowed).all()
 
 
@@ -318,7 +326,8 @@ def test_lora_up_backward(emulated, shape, dtype):
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
 def test_lora_products_in_every_order_of_threads(emulated, dtype, order):
-    test_lora_products(emulated, (300, 72, 17), dtype, 0.3)
+    # Rows enough that a block goes through several chunks of them.
+    test_lora_products(emulated, (2400, 72, 17), dtype, 0.3)
     test_lora_up_backward(emulated, (300, 1032, 17), dtype)
 
 
