@@ -7,6 +7,9 @@
 #include <array>
 #include <string>
 
+#ifdef FASTTUNE_CUDA
+#include "bindings_cuda.h"
+#endif
 #include "cpu/kernels.h"
 #include "philox.h"
 
@@ -88,8 +91,13 @@ py::dict build_info() {
   info["compiler"] = compiler();
   info["torch"] = TORCH_VERSION;
   info["revision"] = FASTTUNE_TEXT(FASTTUNE_REVISION);
+#ifdef FASTTUNE_CUDA
+  info["cuda"] = cuda_version();
+  info["architectures"] = cuda_architectures();
+#else
   info["cuda"] = py::none();
   info["architectures"] = py::list();
+#endif
   info["cpu"] = cpu::capability();
 #ifdef _OPENMP
   info["openmp"] = true;
@@ -100,6 +108,11 @@ py::dict build_info() {
 }
 
 }  // namespace
+
+#ifndef FASTTUNE_CUDA
+// On CPU a label is checked by the call it comes with.
+void raise_pending() {}
+#endif
 }  // namespace fasttune
 
 TORCH_LIBRARY_IMPL(fasttune, CPU, m) {
@@ -110,6 +123,8 @@ TORCH_LIBRARY_IMPL(fasttune, CPU, m) {
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &fasttune::build_info,
         "What was compiled: compiler, torch, revision, cuda, architectures, cpu, openmp.");
+  m.def("raise_pending", &fasttune::raise_pending,
+        "IndexError if a CUDA kernel that has ended met a label out of range. Waits for nothing.");
   m.def("philox4x32_10", [](std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
     const fasttune::Philox4 in{{counter[0], counter[1], counter[2], counter[3]}};
     const fasttune::Philox4 out = fasttune::philox4x32_10(in, key[0], key[1]);

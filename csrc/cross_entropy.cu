@@ -415,6 +415,10 @@ bool is_plain(const CrossEntropyParams& p) {
 
 }  // namespace
 
+int cross_entropy_max_cluster() {
+  return most_in_cluster(held_kernel<BFloat16, true>, kMaxThreads / 2, sizeof(Shared));
+}
+
 int cross_entropy_rows(const CrossEntropyParams& given, const Device& device) {
   CrossEntropyParams p = given;
   p.grad = nullptr;

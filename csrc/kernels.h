@@ -47,6 +47,9 @@ struct CrossEntropyParams {
   DType dtype;
 };
 
+// plan_row's max_cluster on the current device.
+int cross_entropy_max_cluster();
+
 int cross_entropy_rows(const CrossEntropyParams& params, const Device& device);
 int cross_entropy_rows_backward(const CrossEntropyParams& params, const Device& device);
 int cross_entropy_grad(const CrossEntropyParams& params, const Device& device);

@@ -180,6 +180,33 @@ __device__ __forceinline__ void mma<Half>(float (&d)[4], const uint32_t (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// The most blocks of a cluster that the kernel can have on the current device: none of the code for
+// clusters is in a kernel that the driver compiles from PTX of sm_80, whatever the device.
+template <typename Params>
+int most_in_cluster(void (*kernel)(Params), int threads, int shared) {
+  const auto address = reinterpret_cast<const void*>(kernel);
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, address) != cudaSuccess) return 1;
+  if (attributes.ptxVersion < 90) return 1;
+  if (cudaFuncSetAttribute(address, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) !=
+      cudaSuccess) {
+    return 8;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(16);
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared);
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = 16;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  int clusters = 0;
+  const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  return error == cudaSuccess && clusters > 0 ? 16 : 8;
+}
+
 struct LaunchShape {
   int64_t blocks;
   int threads;

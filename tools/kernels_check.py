@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -65,18 +66,19 @@ def usages(report: str, architecture: str) -> list[Usage]:
 
 def compile_one(compiler: str, source: Path, architecture: str) -> list[Usage]:
     with tempfile.TemporaryDirectory() as folder:
-        command = [compiler, *FLAGS, "-cubin", f"-arch={architecture}", "-Xptxas", "-v", str(source)]
-        run = subprocess.run([*command, "-o", f"{folder}/x.cubin"], capture_output=True, text=True, check=False)
+        command = [compiler, *FLAGS, "-c", f"-arch={architecture}", "-Xptxas", "-v", str(source)]
+        run = subprocess.run([*command, "-o", f"{folder}/x.o"], capture_output=True, text=True, check=False)
     if run.returncode:
         raise SystemExit(f"{source.name} does not compile for {architecture}:\n{run.stderr[:4000]}")
     return usages(run.stderr, architecture)
 
 
-def bindings_syntax(cuda_home: Path) -> None:
+def bindings_syntax(compiler: str) -> None:
     """A CPU build of torch has the headers, but not the one that its build for CUDA would generate."""
     from torch.utils import cpp_extension
 
-    include = [*cpp_extension.include_paths(), str(cuda_home / "include"), python_headers()]
+    headers = sysconfig.get_paths()["include"]
+    include = [*cpp_extension.include_paths(), str(cuda_home(compiler) / "include"), headers]
     command = [
         cpp_extension.get_cxx_compiler(), "-fsyntax-only", "-std=c++20", "-Wall", "-Werror=return-type",
         "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE", "-DTORCH_EXTENSION_NAME=_C", "-DFASTTUNE_CUDA",
@@ -89,10 +91,14 @@ def bindings_syntax(cuda_home: Path) -> None:
         print(f"{name}: syntax right")
 
 
-def python_headers() -> str:
-    import sysconfig
-
-    return sysconfig.get_paths()["include"]
+def cuda_home(compiler: str) -> Path:
+    """nvcc may be a script or a link far from its toolkit; it tells where that is."""
+    run = subprocess.run([compiler, "--dryrun", "x.cu"], capture_output=True, text=True, check=False)
+    found = re.search(r"^#\$ (?:TOP|_HERE_)=(.+)$", run.stderr, re.MULTILINE)
+    if found is None:
+        raise SystemExit(f"kernels-check: {compiler} --dryrun does not name its toolkit:\n{run.stderr[:2000]}")
+    home = Path(found[1])
+    return home.parent if "_HERE_" in found[0] else home
 
 
 def main() -> int:
@@ -114,7 +120,7 @@ def main() -> int:
         print(f"kernels-check: {len(spilling)} of {len(found)} spill or use a stack: {names}", file=sys.stderr)
         return 1
     if len(sys.argv) == 1:
-        bindings_syntax(Path(compiler).resolve().parents[1])
+        bindings_syntax(compiler)
     print(f"kernels-check: {len(found)} kernels, no spills")
     return 0
 

@@ -97,7 +97,7 @@ int cross_entropy(int what, const void* logits, void* grad, const int64_t* targe
   p.factor_stride = factor_stride, p.ignore_index = ignore_index;
   p.options = {options[0], options[1], options[2]};
   p.dtype = static_cast<DType>(dtype);
-  p.plan = plan_row(classes, p.dtype == DType::kFloat32 ? 4 : 2, kMaxCluster);
+  p.plan = plan_row(classes, p.dtype == DType::kFloat32 ? 4 : 2, cross_entropy_max_cluster());
   if (plan != nullptr) p.plan = {plan[0], plan[1], plan[2] != 0};
   if (what == 0) return cross_entropy_rows(p, kDevice);
   return what == 1 ? cross_entropy_rows_backward(p, kDevice) : cross_entropy_grad(p, kDevice);
