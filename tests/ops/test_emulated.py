@@ -56,8 +56,27 @@ def random(*shape: int, dtype=torch.float32, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=generator).to(dtype)
 
 
-def run_cross_entropy(emulated, what, logits, target, *, grad=None, factor=None, weight=None, plan=None,
-                      stats=None, fault=None, ignore_index=-100, label_smoothing=0.0, softcap=0.0, z_loss=0.0):  # fmt: skip
+def weights(columns: int) -> Tensor:
+    return torch.rand(columns, generator=torch.Generator().manual_seed(2))
+
+
+def run_cross_entropy(
+    emulated,
+    what,
+    logits,
+    target,
+    *,
+    grad=None,
+    factor=None,
+    weight=None,
+    plan=None,
+    stats=None,
+    fault=None,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    softcap=0.0,
+    z_loss=0.0,
+):
     """what: 0 loss and statistics, 1 gradient from statistics, 2 in place. -> loss, stats, the fault's record."""
     rows, columns = logits.tensor.shape
     out = logits if what == 2 else grad
@@ -66,8 +85,8 @@ def run_cross_entropy(emulated, what, logits, target, *, grad=None, factor=None,
     fault = torch.zeros(5, dtype=torch.int64) if fault is None else fault
     total = None if weight is None else weight.sum()
     emulated.cross_entropy(
-        what, logits.tensor, None if out is None else out.tensor, target, weight, total, factor, loss, stats, fault,
-        rows, columns, logits.stride, 0 if out is None else out.stride,
+        what, logits.tensor, None if out is None else out.tensor, target, weight, total, factor, loss, stats,
+        fault, rows, columns, logits.stride, 0 if out is None else out.stride,
         0 if factor is None or factor.numel() == 1 else factor.stride(0), ignore_index,
         torch.tensor([label_smoothing, softcap, z_loss]), logits.tensor.dtype,
         None if plan is None else torch.tensor(plan, dtype=torch.int32),
@@ -114,7 +133,7 @@ PLANS = [(1, 32, 1), (1, 96, 1), (2, 32, 1), (4, 64, 1), (8, 32, 1), (16, 32, 1)
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_cross_entropy_of_every_plan(emulated, plan, dtype, options):
     rows, columns = 5, 507
-    options = {**options, "weight": torch.rand(columns, generator=torch.Generator().manual_seed(2)) if options.get("weight") else None}
+    options = {**options, "weight": weights(columns) if options.get("weight") else None}
     values = random(rows, columns, dtype=dtype) * 4
     target = torch.tensor([506, -100, 0, 8, 123])
     factor = random(rows, seed=1)
@@ -156,7 +175,7 @@ def test_cross_entropy_of_ugly_sizes_and_alignments(emulated, columns, dtype):
 @pytest.mark.parametrize("dtype", EVERY, ids=str)
 def test_cross_entropy_forward_and_backward(emulated, dtype, options, order):
     rows, columns = 4, 1500
-    options = {**options, "weight": torch.rand(columns, generator=torch.Generator().manual_seed(2)) if options.get("weight") else None}
+    options = {**options, "weight": weights(columns) if options.get("weight") else None}
     values = random(rows, columns, dtype=dtype) * 4
     target = torch.tensor([3, 1499, -100, 700])
     factor = random(2 * rows, seed=1)[::2]
@@ -223,11 +242,9 @@ def test_special_values(emulated, plan, softcap):
     values[2, 5] = torch.nan
     values[3, :] = -torch.inf
     target = torch.tensor([3, -100, 1, 2, 4])
-    loss, lse, grad = exact(values, target, torch.ones(1), softcap=softcap)
+    loss, _, grad = exact(values, target, torch.ones(1), softcap=softcap)
     logits = Guarded(values)
-    found, _, _ = run_cross_entropy(
-        emulated, 2, logits, target, factor=torch.ones(1), plan=plan, softcap=softcap
-    )
+    found, _, _ = run_cross_entropy(emulated, 2, logits, target, factor=torch.ones(1), plan=plan, softcap=softcap)
     assert torch.equal(found.isnan(), loss.isnan())
     assert torch.equal(logits.tensor.isnan(), grad.isnan())
     fine = ~loss.isnan()
@@ -236,9 +253,9 @@ def test_special_values(emulated, plan, softcap):
 
 
 def test_no_rows(emulated):
-    empty = Guarded(torch.empty(0, 7))
+    empty, target = Guarded(torch.empty(0, 7)), torch.empty(0, dtype=torch.int64)
     for what in (0, 1, 2):
-        run_cross_entropy(emulated, what, empty, torch.empty(0, dtype=torch.int64), grad=empty, factor=torch.ones(1))
+        run_cross_entropy(emulated, what, empty, target, grad=empty, factor=torch.ones(1))
 
 
 @pytest.mark.parametrize("dtype", EVERY, ids=str)
@@ -345,7 +362,8 @@ def test_everything_dropped(emulated):
     seed = ctypes.c_int64(SEED)
     x = torch.full((rows, features), torch.inf, dtype=dtype)
     a, dlow = random(rank, features, dtype=dtype), random(rows, rank, dtype=dtype)
-    low, da, dx = torch.ones(rows, rank, dtype=dtype), torch.ones(rank, features), random(rows, features, dtype=dtype)
+    low, da = torch.ones(rows, rank, dtype=dtype), torch.ones(rank, features)
+    dx = random(rows, features, dtype=dtype)
     before = dx.clone()
     emulated.down(x, a, low, rows, features, rank, 1.0, seed, dtype)
     emulated.down_backward(x, dlow, da, rows, features, rank, 1.0, seed, dtype)
