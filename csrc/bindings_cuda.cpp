@@ -1,5 +1,6 @@
-// Check, allocate, launch, on CUDA: on the tensor's device and the current stream. Nothing here waits
-// for the device, and everything may be captured in a graph (a seed is then part of the graph).
+// Check, allocate, launch, on CUDA: on the tensor's device and the current stream. Nothing here
+// waits for the device, and everything may be captured in a graph (a seed is then part of the
+// graph).
 #include "bindings_cuda.h"
 
 #include <ATen/ATen.h>
@@ -103,8 +104,8 @@ cuda::LabelFault* fault_record(int device) {
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
   C10_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
   void* memory = nullptr;
-  const cudaError_t status = cudaHostAlloc(&memory, sizeof(cuda::LabelFault),
-                                           cudaHostAllocPortable | cudaHostAllocMapped);
+  const cudaError_t status =
+      cudaHostAlloc(&memory, sizeof(cuda::LabelFault), cudaHostAllocPortable | cudaHostAllocMapped);
   C10_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
   C10_CUDA_CHECK(status);
   record = new (memory) cuda::LabelFault{};
@@ -112,8 +113,8 @@ cuda::LabelFault* fault_record(int device) {
   return record;
 }
 
-// ---- Cross entropy. logits [N, V], target [N] int64, weight [V] float32, factor [N] or one element,
-// float32; loss [N] and stats [N, 2] float32.
+// ---- Cross entropy. logits [N, V], target [N] int64, weight [V] float32, factor [N] or one
+// element, float32; loss [N] and stats [N, 2] float32.
 
 struct Classes {
   const Tensor& target;
@@ -127,15 +128,14 @@ bool has_rows(const Tensor& logits) {
   return unit && (logits.size(0) <= 1 || logits.stride(0) >= logits.size(1));
 }
 
-// `keep` holds what the kernel reads and nobody else refers to. The caching allocator gives its memory
-// to later work of the same stream only.
+// `keep` holds what the kernel reads and nobody else refers to. The caching allocator gives its
+// memory to later work of the same stream only.
 cuda::CrossEntropyParams cross_entropy_params(const char* op, const Tensor& logits,
                                               const Classes& classes, std::vector<Tensor>& keep) {
   cuda::CrossEntropyParams p = {};
   p.dtype = dtype_of(op, logits);
   TORCH_CHECK_VALUE(logits.dim() == 2 && logits.size(1) >= 1 && logits.size(1) <= INT32_MAX, op,
-                    ": expected logits of shape [N, V] with 1 <= V < 2^31, found ",
-                    logits.sizes());
+                    ": expected logits of shape [N, V] with 1 <= V < 2^31, found ", logits.sizes());
   p.rows = logits.size(0);
   p.classes = logits.size(1);
   p.logits = logits.const_data_ptr();
@@ -277,9 +277,9 @@ void dropout_add_(Tensor& acc, const Tensor& x, double p, const Tensor& seed) {
                     op, ": acc must be contiguous and match x of shape ", x.sizes(), " and ",
                     x.scalar_type(), ", found ", acc.sizes(), " and ", acc.scalar_type());
   const Tensor input = x.contiguous();
-  check_launch(cuda::dropout({input.const_data_ptr(), acc.mutable_data_ptr(), x.numel(), p, value,
-                              dtype_of(op, x), true},
-                             launch_device(x.get_device())));
+  check_launch(cuda::dropout(
+      {input.const_data_ptr(), acc.mutable_data_ptr(), x.numel(), p, value, dtype_of(op, x), true},
+      launch_device(x.get_device())));
 }
 
 // ---- LoRA: x [M, in], a [r, in], b [out, r], low and dlow [M, r], dy [M, out], all of one dtype.
@@ -300,10 +300,14 @@ Tensor lora_down(const Tensor& x, const Tensor& a, double p, const OptionalTenso
   check_like(op, "a", a, {a.size(0), x.size(1)}, x.scalar_type(), x.device());
   const Tensor input = x.contiguous(), small = a.contiguous();
   const Tensor out = at::empty({x.size(0), a.size(0)}, x.options());
-  cuda::LoraDownParams params{input.const_data_ptr(),  small.const_data_ptr(),
-                              out.mutable_data_ptr(),  nullptr,
-                              x.size(0),               x.size(1),
-                              a.size(0),               {p, read_seed(op, p, seed)},
+  cuda::LoraDownParams params{input.const_data_ptr(),
+                              small.const_data_ptr(),
+                              out.mutable_data_ptr(),
+                              nullptr,
+                              x.size(0),
+                              x.size(1),
+                              a.size(0),
+                              {p, read_seed(op, p, seed)},
                               dtype_of(op, x)};
   const cuda::Device device = launch_device(x.get_device());
   const Tensor space = workspace(cuda::lora_down_workspace(params, device), x);
@@ -323,11 +327,16 @@ std::tuple<Tensor, Tensor> lora_up_backward(const Tensor& dy, const Tensor& low,
   const Tensor input = dy.contiguous(), small = low.contiguous(), up = b.contiguous();
   const Tensor dlow = at::empty({rows, rank}, dy.options());
   const Tensor db = at::empty({outs, rank}, dy.options().dtype(at::kFloat));
-  cuda::LoraUpBackwardParams params{input.const_data_ptr(),       small.const_data_ptr(),
-                                    up.const_data_ptr(),          dlow.mutable_data_ptr(),
-                                    db.mutable_data_ptr<float>(), nullptr,
-                                    rows,                         outs,
-                                    rank,                         dtype_of(op, dy)};
+  cuda::LoraUpBackwardParams params{input.const_data_ptr(),
+                                    small.const_data_ptr(),
+                                    up.const_data_ptr(),
+                                    dlow.mutable_data_ptr(),
+                                    db.mutable_data_ptr<float>(),
+                                    nullptr,
+                                    rows,
+                                    outs,
+                                    rank,
+                                    dtype_of(op, dy)};
   const cuda::Device device = launch_device(dy.get_device());
   const Tensor space = workspace(cuda::lora_up_backward_workspace(params, device), dy);
   params.workspace = space.mutable_data_ptr<float>();
@@ -368,19 +377,14 @@ void lora_add_(Tensor& dx, const Tensor& dlow, const Tensor& a, double p,
   check_matrix(op, "dx", dx);
   check_matrix(op, "a", a);
   const int64_t rows = dx.size(0), ins = dx.size(1), rank = a.size(0);
-  TORCH_CHECK_VALUE(dx.is_contiguous(), op, ": dx must be contiguous, found strides ",
-                    dx.strides(), " of shape ", dx.sizes());
+  TORCH_CHECK_VALUE(dx.is_contiguous(), op, ": dx must be contiguous, found strides ", dx.strides(),
+                    " of shape ", dx.sizes());
   check_like(op, "a", a, {rank, ins}, dx.scalar_type(), dx.device());
   check_like(op, "dlow", dlow, {rows, rank}, dx.scalar_type(), dx.device());
   const Tensor small = dlow.contiguous(), down = a.contiguous();
-  const cuda::LoraAddParams params{dx.mutable_data_ptr(),
-                                   small.const_data_ptr(),
-                                   down.const_data_ptr(),
-                                   rows,
-                                   ins,
-                                   rank,
-                                   {p, read_seed(op, p, seed)},
-                                   dtype_of(op, dx)};
+  const cuda::LoraAddParams params{
+      dx.mutable_data_ptr(),       small.const_data_ptr(), down.const_data_ptr(), rows, ins, rank,
+      {p, read_seed(op, p, seed)}, dtype_of(op, dx)};
   check_launch(cuda::lora_add(params, launch_device(dx.get_device())));
 }
 

@@ -33,9 +33,9 @@ __device__ __forceinline__ Cap cap_of(const CrossEntropyParams& p) {
   return {p.options.softcap, 1.0f / p.options.softcap};
 }
 
-// With q = 1 / (1 + exp(2 |t|)): tanh |t| = 1 - 2 q, and its derivative 4 q (1 - q) keeps its digits
-// where the tanh is all but 1. The tanh is off by 1e-7, the rounding of a logit of the cap's size: too
-// much for small ones in fp32.
+// With q = 1 / (1 + exp(2 |t|)): tanh |t| = 1 - 2 q, and its derivative 4 q (1 - q) keeps its
+// digits where the tanh is all but 1. The tanh is off by 1e-7, the rounding of a logit of the cap's
+// size: too much for small ones in fp32.
 template <typename T>
 __device__ __forceinline__ float capped(float x, Cap c, float& slope) {
   if (sizeof(T) == 4) {
@@ -86,8 +86,8 @@ __device__ __forceinline__ Row<T> row_at(const CrossEntropyParams& p, int64_t ro
   T* g = p.grad == nullptr ? nullptr : static_cast<T*>(p.grad) + row * p.grad_stride;
   const auto columns = static_cast<int32_t>(p.classes);
   const auto from = reinterpret_cast<uint64_t>(x), to = reinterpret_cast<uint64_t>(g);
-  const RowSpan span = g == nullptr ? row_span(from, columns, sizeof(T))
-                                    : row_span(from, to, columns, sizeof(T));
+  const RowSpan span =
+      g == nullptr ? row_span(from, columns, sizeof(T)) : row_span(from, to, columns, sizeof(T));
   return {x, g, span, columns, cluster, rank};
 }
 
@@ -154,8 +154,7 @@ __device__ __forceinline__ void add_edges(OnlineSoftmax& seen, const Row<T>& row
 // A thread's part of a row in its registers: one maximum, then the sum with one exponential each.
 template <typename T, bool kPlain>
 __device__ __forceinline__ OnlineSoftmax held_softmax(const Row<T>& row,
-                                                      const Vector (&held)[kHeldVectors],
-                                                      Cap cap) {
+                                                      const Vector (&held)[kHeldVectors], Cap cap) {
   constexpr int per = kPerVector<T>;
   const int32_t count = row.count();
   OnlineSoftmax seen = empty_softmax();
@@ -240,14 +239,9 @@ __device__ __forceinline__ RowGradient row_gradient(const CrossEntropyParams& p,
   const float upstream = p.factor[row * p.factor_stride];
   const RowFactors f =
       row_factors(p.options, max, log_sum, weight_of(p, label), weight_sum(p), p.classes);
-  return {max,
-          upstream * f.a * expf(-log_sum),
-          upstream * f.b,
-          upstream * f.e,
-          p.weight,
-          static_cast<int32_t>(label),
-          cap_of(p),
-          p.options.label_smoothing > 0.0f};
+  return {
+      max,      upstream * f.a * expf(-log_sum), upstream * f.b, upstream * f.e,
+      p.weight, static_cast<int32_t>(label),     cap_of(p),      p.options.label_smoothing > 0.0f};
 }
 
 // Of the element x in `column`. Adds w_c (z_c - max) to `weighted`, which the smoothed loss needs.

@@ -118,9 +118,9 @@ __device__ __forceinline__ V warp_reduce(V value, Op op) {
   return value;
 }
 
-// All threads of the cluster get the result, equal to the bit, by one barrier: every warp writes its
-// part into every block of the cluster. slots: [cluster * warps] of this block's shared memory, used
-// once. The blocks' starting is waited for with `starting`, once a kernel, after an earlier
+// All threads of the cluster get the result, equal to the bit, by one barrier: every warp writes
+// its part into every block of the cluster. slots: [cluster * warps] of this block's shared memory,
+// used once. The blocks' starting is waited for with `starting`, once a kernel, after an earlier
 // cluster_arrive_relaxed().
 template <typename V, typename Op>
 __device__ __forceinline__ V cluster_reduce(V value, V* slots, V identity, Op op, bool starting) {

@@ -43,8 +43,7 @@ __device__ __forceinline__ void store(const Arguments& p, int64_t first,
 }
 
 template <typename T, bool kAccumulate>
-__global__ void __launch_bounds__(kThreads)
-    dropout_kernel(const __grid_constant__ Arguments p) {
+__global__ void __launch_bounds__(kThreads) dropout_kernel(const __grid_constant__ Arguments p) {
   constexpr int per = kPerVector<T>;
   const int64_t block = static_cast<int64_t>(blockIdx.x) * kThreads * kVectors;
   float x[kVectors][per], sum[kVectors][per];

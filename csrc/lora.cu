@@ -1,8 +1,8 @@
-// The skinny products of a LoRA linear layer: which kernel computes them, and how their sums are split
-// over blocks. Figures and rejected designs in lora.md.
+// The skinny products of a LoRA linear layer: which kernel computes them, and how their sums are
+// split over blocks. Figures and rejected designs in lora.md.
 //
-// A plan depends on shapes and device only, so that asking for the workspace and launching agree, and
-// so that a result repeats.
+// A plan depends on shapes and device only, so that asking for the workspace and launching agree,
+// and so that a result repeats.
 #include <algorithm>
 #include <initializer_list>
 #include <type_traits>
@@ -91,8 +91,8 @@ int run_add(const LoraAddParams& p, const Device& device) {
                                static_cast<int32_t>(p.rank),
                                static_cast<int32_t>(column_blocks),
                                make_mask(p.mask.p, p.mask.seed)};
-  const auto kernel = p.mask.p > 0 ? add_kernel<T, kSteps, kWide, true>
-                                   : add_kernel<T, kSteps, kWide, false>;
+  const auto kernel =
+      p.mask.p > 0 ? add_kernel<T, kSteps, kWide, true> : add_kernel<T, kSteps, kWide, false>;
   return launch(kernel, LaunchShape{column_blocks * split.splits, kLoraThreads}, device.stream,
                 arguments);
 }
@@ -128,11 +128,10 @@ int64_t lora_up_backward_workspace(const LoraUpBackwardParams& p, const Device& 
 int lora_down(const LoraDownParams& p, const Device& device) {
   const Mask mask = make_mask(p.mask.p, p.mask.seed);
   if (!on_tensor_cores(p.dtype, p.ins) || !aligned({p.x, p.a})) {
-    const PlainDownArguments plain{p.x,   p.a, p.out, p.rows, p.ins, p.rank,
-                                   p.ins, 1,   mask,  p.mask.p > 0};
-    return with_dtype(p.dtype, [&](auto tag) {
-      return plain_down<typename decltype(tag)::Type>(plain, device);
-    });
+    const PlainDownArguments plain{p.x,    p.a,   p.out, p.rows, p.ins,
+                                   p.rank, p.ins, 1,     mask,   p.mask.p > 0};
+    return with_dtype(
+        p.dtype, [&](auto tag) { return plain_down<typename decltype(tag)::Type>(plain, device); });
   }
   const int32_t splits = down_splits(p, device);
   const DownArguments arguments{p.x,
@@ -148,8 +147,7 @@ int lora_down(const LoraDownParams& p, const Device& device) {
   return with_rank(p.dtype, p.rank, [&](auto tag, auto width) {
     using T = typename decltype(tag)::Type;
     constexpr int kRank = decltype(width)::value;
-    const auto kernel =
-        p.mask.p > 0 ? down_kernel<T, kRank, true> : down_kernel<T, kRank, false>;
+    const auto kernel = p.mask.p > 0 ? down_kernel<T, kRank, true> : down_kernel<T, kRank, false>;
     const LaunchShape shape{blocks, kLoraThreads, 1, sizeof(DownShared<kRank>)};
     const int status = launch(kernel, shape, device.stream, arguments);
     if (status != 0 || splits == 1) return status;
@@ -163,8 +161,8 @@ int lora_down_backward(const LoraDownBackwardParams& p, const Device& device) {
   float* out = split.splits == 1 ? p.da : p.workspace;
   int status;
   if (!on_tensor_cores(p.dtype, p.ins) || !aligned({p.x})) {
-    const PlainOuterArguments plain{p.x,   p.dlow, out, p.rows, split.rows,   p.ins,     p.rank,
-                                    p.ins, 1,      mask, p.mask.p > 0, mask.scale};
+    const PlainOuterArguments plain{p.x,    p.dlow, out, p.rows, split.rows,   p.ins,
+                                    p.rank, p.ins,  1,   mask,   p.mask.p > 0, mask.scale};
     status = with_dtype(p.dtype, [&](auto tag) {
       return plain_outer<typename decltype(tag)::Type>(plain, device);
     });
@@ -202,10 +200,10 @@ int lora_up_backward(const LoraUpBackwardParams& p, const Device& device) {
   float* dlow = p.workspace + (split.splits == 1 ? 0 : split.splits * p.outs * p.rank);
   int status;
   if (!on_tensor_cores(p.dtype, p.outs) || !aligned({p.dy})) {
-    const PlainDownArguments down{p.dy, p.b,    p.dlow, p.rows, p.outs,
-                                  p.rank, 1, p.rank, none,   false};
-    const PlainOuterArguments outer{p.dy, p.low,  db,   p.rows, split.rows, p.outs, p.rank,
-                                    1,    p.rank, none, false,  1.0f};
+    const PlainDownArguments down{p.dy,   p.b, p.dlow, p.rows, p.outs,
+                                  p.rank, 1,   p.rank, none,   false};
+    const PlainOuterArguments outer{p.dy,   p.low, db,     p.rows, split.rows, p.outs,
+                                    p.rank, 1,     p.rank, none,   false,      1.0f};
     status = with_dtype(p.dtype, [&](auto tag) {
       using T = typename decltype(tag)::Type;
       const int first = plain_down<T>(down, device);
@@ -243,9 +241,8 @@ int lora_add(const LoraAddParams& p, const Device& device) {
   if (!on_tensor_cores(p.dtype, p.ins) || !aligned({p.dx, p.dlow}) || p.rank > kAddRanks) {
     const PlainAddArguments plain{
         p.dx, p.dlow, p.a, p.rows, p.ins, p.rank, make_mask(p.mask.p, p.mask.seed), p.mask.p > 0};
-    return with_dtype(p.dtype, [&](auto tag) {
-      return plain_add<typename decltype(tag)::Type>(plain, device);
-    });
+    return with_dtype(
+        p.dtype, [&](auto tag) { return plain_add<typename decltype(tag)::Type>(plain, device); });
   }
   return p.dtype == DType::kFloat16 ? run_add<Half>(p, device) : run_add<BFloat16>(p, device);
 }

@@ -1,8 +1,9 @@
-// The skinny products of a LoRA linear layer on tensor cores, for 16-bit types and features that are
-// multiples of 8. How tiles lie in registers stands in lora_tiles.cuh.
+// The skinny products of a LoRA linear layer on tensor cores, for 16-bit types and features that
+// are multiples of 8. How tiles lie in registers stands in lora_tiles.cuh.
 //
-// rows: tokens; ranks go in blocks of 16 or 32, zeros where there are fewer. A sum that several warps
-// share is added through shared memory, one that several blocks share by sum_kernel, in fixed order.
+// rows: tokens; ranks go in blocks of 16 or 32, zeros where there are fewer. A sum that several
+// warps share is added through shared memory, one that several blocks share by sum_kernel, in fixed
+// order.
 #pragma once
 
 #include "lora_tiles.cuh"
@@ -43,7 +44,8 @@ template <typename T, int kRank, bool kMasked>
 __global__ void __launch_bounds__(kLoraThreads, 2)
     down_kernel(const __grid_constant__ DownArguments p) {
   constexpr int kTiles = kRank / 8;
-  constexpr int kAhead = kRank == 16 && !kMasked ? 2 : 1;  // steps of 32 columns in flight: what registers allow
+  constexpr int kAhead =
+      kRank == 16 && !kMasked ? 2 : 1;  // steps of 32 columns in flight: what registers allow
   auto& shared = block_shared<DownShared<kRank>>();
   const int32_t rank0 = blockIdx.x % p.rank_blocks * kRank;
   const int32_t split = blockIdx.x / p.rank_blocks % p.splits;
@@ -106,7 +108,7 @@ __global__ void __launch_bounds__(kLoraThreads, 2)
 // ---- da = dlow^T x: 128 columns a block, its rows dealt to four pairs of warps.
 
 constexpr int kOuterColumns = 128;
-constexpr int kOuterGroups = 4;   // of two warps, 64 columns each
+constexpr int kOuterGroups = 4;           // of two warps, 64 columns each
 constexpr int kOuterChunk = kOffsetRows;  // rows whose dlow lies in shared memory
 
 struct OuterArguments {
@@ -129,7 +131,8 @@ template <typename T, int kRank, bool kMasked>
 __global__ void __launch_bounds__(kLoraThreads, 2)
     outer_kernel(const __grid_constant__ OuterArguments p) {
   constexpr int kTiles = kRank / 16;
-  constexpr int kAhead = kRank == 16 && !kMasked ? 2 : 1;  // steps of 16 rows in flight: what registers allow
+  constexpr int kAhead =
+      kRank == 16 && !kMasked ? 2 : 1;  // steps of 16 rows in flight: what registers allow
   auto& shared = block_shared<OuterShared<T, kRank>>();
   const int32_t rank0 = blockIdx.x % p.rank_blocks * kRank;
   const int32_t column0 = blockIdx.x / p.rank_blocks % p.column_blocks * kOuterColumns;
@@ -212,7 +215,7 @@ template <typename T, int kRank>
 struct UpShared {
   Turned<T, kRank, kUpChunk> low;
   alignas(16) T b[kRank][kUpColumns + 32];  // turned; the pitch keeps 16-byte reads off each other
-  float part[2][kLoraWarps][16][kRank];         // of dlow, for 16 rows; two, so that one barrier is enough
+  float part[2][kLoraWarps][16][kRank];  // of dlow, for 16 rows; two, so that one barrier is enough
 };
 
 template <typename T, int kRank>
@@ -229,9 +232,8 @@ __global__ void __launch_bounds__(kLoraThreads, kRank == 16 ? 2 : 1)
   for (int i = threadIdx.x; i < kRank * kUpColumns; i += kLoraThreads) {
     const int32_t j = i % kRank, c = i / kRank;
     const bool inside = rank0 + j < p.rank && block_column + c < p.outs;
-    shared.b[j][c] = inside ? static_cast<const T*>(p.b)[(block_column + c) * int64_t{p.rank} +
-                                                         rank0 + j]
-                            : T{};
+    shared.b[j][c] =
+        inside ? static_cast<const T*>(p.b)[(block_column + c) * int64_t{p.rank} + rank0 + j] : T{};
   }
   const int64_t begin = split * p.split_rows;
   const int64_t end = split_end(p, split);
@@ -265,8 +267,8 @@ __global__ void __launch_bounds__(kLoraThreads, kRank == 16 ? 2 : 1)
         float d[4] = {};
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
-          const Vector w = *reinterpret_cast<const Vector*>(
-              &shared.b[8 * j + g][warp_column + 32 * s + 8 * t]);
+          const Vector w =
+              *reinterpret_cast<const Vector*>(&shared.b[8 * j + g][warp_column + 32 * s + 8 * t]);
           mma_along_columns<T>(d, across[s][0], across[s][1], w);
         }
 #pragma unroll
@@ -301,7 +303,8 @@ __global__ void __launch_bounds__(kLoraThreads, kRank == 16 ? 2 : 1)
       for (int i = 0; i < 4; ++i) {
         const int32_t rank = rank0 + 16 * tile + g + 8 * (i / 2);
         const int32_t c = column + 8 * (2 * t + i % 2) + j;
-        if (rank < p.rank && c < p.outs) p.db[(split * p.outs + c) * p.rank + rank] = db[tile][j][i];
+        if (rank < p.rank && c < p.outs)
+          p.db[(split * p.outs + c) * p.rank + rank] = db[tile][j][i];
       }
     }
   }

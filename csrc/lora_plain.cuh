@@ -49,13 +49,12 @@ __global__ void __launch_bounds__(kPlainThreads)
 template <typename T>
 int plain_down(const PlainDownArguments& p, const Device& device) {
   constexpr int64_t rows = kPlainThreads / 32;
-  const int64_t blocks =
-      (p.rows + rows - 1) / rows * ((p.rank + kPlainRanks - 1) / kPlainRanks);
+  const int64_t blocks = (p.rows + rows - 1) / rows * ((p.rank + kPlainRanks - 1) / kPlainRanks);
   return launch(plain_down_kernel<T>, LaunchShape{blocks, kPlainThreads}, device.stream, p);
 }
 
-// out(s, j, c) = scale * sum over the rows of split s of small(row, j) (mask o x)(row, c), stored at
-// s * columns * rank + j * out_rank + c * out_column. A thread a column.
+// out(s, j, c) = scale * sum over the rows of split s of small(row, j) (mask o x)(row, c), stored
+// at s * columns * rank + j * out_rank + c * out_column. A thread a column.
 struct PlainOuterArguments {
   const void* x;      // [rows, columns]
   const void* small;  // [rows, rank]
@@ -98,9 +97,10 @@ __global__ void __launch_bounds__(kPlainThreads)
 
 template <typename T>
 int plain_outer(const PlainOuterArguments& p, const Device& device) {
+  // Without rows too there is a split, which writes zeros.
+  const int64_t splits = p.rows <= p.split_rows ? 1 : (p.rows + p.split_rows - 1) / p.split_rows;
   const int64_t blocks = (p.rank + kPlainRanks - 1) / kPlainRanks *
-                         ((p.columns + kPlainThreads - 1) / kPlainThreads) *
-                         ((p.rows + p.split_rows - 1) / p.split_rows);
+                         ((p.columns + kPlainThreads - 1) / kPlainThreads) * splits;
   return launch(plain_outer_kernel<T>, LaunchShape{blocks, kPlainThreads}, device.stream, p);
 }
 

@@ -1,13 +1,15 @@
 // How a warp holds tiles of the large matrix of a LoRA product in registers, without shared memory:
 // straight from memory into the operands of mma (ptx.cuh), sixteen bytes a load.
 //
-// A product's sum runs over an index k, which mma spreads over t = lane % 4 and a lane's words. It may
-// be renumbered, if both operands agree: so a lane's four numbers of 16 along k are neighbours.
+// A product's sum runs over an index k, which mma spreads over t = lane % 4 and a lane's words. It
+// may be renumbered, if both operands agree: so a lane's four numbers of 16 along k are neighbours.
 //
-//   along columns (k: 32 columns): lane (g, t) has columns 8t .. 8t + 7 of row g: words 0 and 1 belong
+//   along columns (k: 32 columns): lane (g, t) has columns 8t .. 8t + 7 of row g: words 0 and 1
+//   belong
 //     to a first mma, 2 and 3 to a second.
 //   along rows (k: 16 rows, 64 columns): lane (g, t) has columns 8g .. 8g + 7 of rows 4t .. 4t + 3:
-//     word pairs, rearranged, are the operands of eight mma, the j-th with columns j, 8 + j, 16 + j ...
+//     word pairs, rearranged, are the operands of eight mma, the j-th with columns j, 8 + j, 16 + j
+//     ...
 //
 // A mask's quad is four neighbouring columns of a row, so both ways each lane draws its own.
 #pragma once
@@ -16,14 +18,15 @@
 
 namespace fasttune::cuda {
 
-// Some rows of the large matrix, x or dy: contiguous, columns a multiple of 8. Within them offsets take
-// 32 bits, since 64-bit ones take registers: kOffsetRows rows at most (kMaxColumns bounds columns).
+// Some rows of the large matrix, x or dy: contiguous, columns a multiple of 8. Within them offsets
+// take 32 bits, since 64-bit ones take registers: kOffsetRows rows at most (kMaxColumns bounds
+// columns).
 constexpr int kOffsetRows = 256;
 constexpr int64_t kMaxColumns = INT32_MAX / kOffsetRows;
 
 template <typename T, bool kMasked>
 struct Large {
-  const T* data;       // [rows, columns]
+  const T* data;        // [rows, columns]
   uint64_t first_quad;  // of data in the whole matrix
   int32_t rows, columns;
   const Mask& mask;  // among the kernel's arguments, which are constant memory
@@ -88,8 +91,8 @@ struct alignas(8) Pair {
   uint32_t word[2];
 };
 
-// The small factor of a product along rows, turned: ranks [kRank] x rows [kRows] in shared memory. The
-// pitch lets the eight-byte reads of a half-warp meet no bank twice.
+// The small factor of a product along rows, turned: ranks [kRank] x rows [kRows] in shared memory.
+// The pitch lets the eight-byte reads of a half-warp meet no bank twice.
 template <typename T, int kRank, int kRows>
 struct Turned {
   static constexpr int kPitch = (kRows + 63) / 64 * 64 + 16;

@@ -36,10 +36,9 @@ struct Philox4 {
 FASTTUNE_HOST_DEVICE Philox4 philox_round(Philox4 c, uint32_t key0, uint32_t key1) {
   const uint64_t product0 = static_cast<uint64_t>(kPhiloxM0) * c.word[0];
   const uint64_t product1 = static_cast<uint64_t>(kPhiloxM1) * c.word[2];
-  return {{static_cast<uint32_t>(product1 >> 32) ^ c.word[1] ^ key0,
-           static_cast<uint32_t>(product1),
-           static_cast<uint32_t>(product0 >> 32) ^ c.word[3] ^ key1,
-           static_cast<uint32_t>(product0)}};
+  return {
+      {static_cast<uint32_t>(product1 >> 32) ^ c.word[1] ^ key0, static_cast<uint32_t>(product1),
+       static_cast<uint32_t>(product0 >> 32) ^ c.word[3] ^ key1, static_cast<uint32_t>(product0)}};
 }
 
 FASTTUNE_HOST_DEVICE Philox4 philox4x32_10(Philox4 counter, uint32_t key0, uint32_t key1) {

@@ -41,8 +41,8 @@ __device__ __forceinline__ Vector load_vector_cached(const void* from) {
 }
 
 __device__ __forceinline__ void store_vector(void* to, const Vector& v) {
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.word[0]),
-               "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.word[0]), "r"(v.word[1]),
+               "r"(v.word[2]), "r"(v.word[3])
                : "memory");
 }
 
@@ -148,7 +148,9 @@ __device__ __forceinline__ S* cluster_map(S* local, int) {
 }
 #endif
 
-__device__ __forceinline__ uint32_t atomic_claim(uint32_t* state) { return atomicCAS(state, 0u, 1u); }
+__device__ __forceinline__ uint32_t atomic_claim(uint32_t* state) {
+  return atomicCAS(state, 0u, 1u);
+}
 // Everything written before is seen by the host before `value` is.
 __device__ __forceinline__ void publish(uint32_t* state, uint32_t value) {
   __threadfence_system();
@@ -166,7 +168,8 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const
 template <>
 __device__ __forceinline__ void mma<BFloat16>(float (&d)[4], const uint32_t (&a)[4],
                                               const uint32_t (&b)[2]) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -174,7 +177,8 @@ __device__ __forceinline__ void mma<BFloat16>(float (&d)[4], const uint32_t (&a)
 template <>
 __device__ __forceinline__ void mma<Half>(float (&d)[4], const uint32_t (&a)[4],
                                           const uint32_t (&b)[2]) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));

@@ -9,13 +9,13 @@
 namespace fasttune {
 
 constexpr int kVectorBytes = 16;
-constexpr int kHeldVectors = 8;      // a thread keeps in registers: 32 of the 64 it may have
-constexpr int kMaxThreads = 1024;    // a block
-constexpr int kMaxCluster = 16;      // blocks; more than 8 is not portable
-constexpr int kUsualThreads = 256;   // four such blocks fill a multiprocessor's registers
+constexpr int kHeldVectors = 8;     // a thread keeps in registers: 32 of the 64 it may have
+constexpr int kMaxThreads = 1024;   // a block
+constexpr int kMaxCluster = 16;     // blocks; more than 8 is not portable
+constexpr int kUsualThreads = 256;  // four such blocks fill a multiprocessor's registers
 
-// A row = head, then `vectors` aligned vectors, then tail. Head and tail are its edges: fewer than a
-// vector each, unless the row has no vectors.
+// A row = head, then `vectors` aligned vectors, then tail. Head and tail are its edges: fewer than
+// a vector each, unless the row has no vectors.
 struct RowSpan {
   int32_t head, vectors, tail;  // elements, vectors, elements
 };
@@ -42,8 +42,8 @@ FASTTUNE_HOST_DEVICE int32_t edge_column(RowSpan span, int32_t edge, int32_t col
   return edge < span.head ? edge : columns - edge_count(span) + edge;
 }
 
-// The i-th vector of a thread: neighbouring threads take neighbouring vectors, then the next block of
-// the cluster goes on.
+// The i-th vector of a thread: neighbouring threads take neighbouring vectors, then the next block
+// of the cluster goes on.
 FASTTUNE_HOST_DEVICE int32_t vector_index(int32_t i, int32_t cluster, int32_t rank, int32_t threads,
                                           int32_t thread) {
   return (i * cluster + rank) * threads + thread;

@@ -11,7 +11,8 @@ using namespace fasttune::cuda;
 
 namespace {
 
-constexpr Device kDevice{nullptr, 4};  // few multiprocessors: sums are split even where rows are few
+constexpr Device kDevice{nullptr,
+                         4};  // few multiprocessors: sums are split even where rows are few
 
 }  // namespace
 
@@ -24,8 +25,8 @@ const char* emulation_error() {
   return last.c_str();
 }
 
-// order: of a cluster's warps: 0 ascending, 1 descending (and so the clusters), else a seed to shuffle
-// them by.
+// order: of a cluster's warps: 0 ascending, 1 descending (and so the clusters), else a seed to
+// shuffle them by.
 void emulation_order(int order) { simt::machine().order = order; }
 
 void softmax_combine(const float* a, const float* b, float* out) {
@@ -50,8 +51,8 @@ void split_plan(int64_t columns, int size, int max_cluster, int* plan) {
   plan[0] = found.cluster, plan[1] = found.threads, plan[2] = found.held;
 }
 
-// Counts in touched [columns] how often the threads of a cluster take each element; returns the most
-// vectors that one thread takes.
+// Counts in touched [columns] how often the threads of a cluster take each element; returns the
+// most vectors that one thread takes.
 int split_cover(uint64_t from, uint64_t to, int columns, int size, int cluster, int threads,
                 uint8_t* touched) {
   const RowSpan span = row_span(from, to, columns, size);
@@ -61,8 +62,8 @@ int split_cover(uint64_t from, uint64_t to, int columns, int size, int cluster, 
       const int count = vector_count(span, cluster, rank, threads, thread);
       most = std::max(most, count);
       for (int n = 0; n < count; ++n) {
-        const int first = span.head + kVectorBytes / size *
-                                          vector_index(n, cluster, rank, threads, thread);
+        const int first =
+            span.head + kVectorBytes / size * vector_index(n, cluster, rank, threads, thread);
         if ((from + uint64_t(first) * size) % kVectorBytes != 0) return -1;
         for (int i = 0; i < kVectorBytes / size; ++i) ++touched[first + i];
       }
@@ -119,9 +120,8 @@ int down(const void* x, const void* a, void* out, int64_t rows, int64_t ins, int
 
 int up_backward(const void* dy, const void* low, const void* b, void* dlow, float* db, int64_t rows,
                 int64_t outs, int64_t rank, int dtype) {
-  LoraUpBackwardParams params{dy,   low,  b,    dlow,
-                              db,   nullptr, rows, outs,
-                              rank, static_cast<DType>(dtype)};
+  LoraUpBackwardParams params{dy,      low,  b,    dlow, db,
+                              nullptr, rows, outs, rank, static_cast<DType>(dtype)};
   std::vector<float> workspace(lora_up_backward_workspace(params, kDevice), NAN);
   params.workspace = workspace.data();
   return lora_up_backward(params, kDevice);
@@ -129,16 +129,15 @@ int up_backward(const void* dy, const void* low, const void* b, void* dlow, floa
 
 int down_backward(const void* x, const void* dlow, float* da, int64_t rows, int64_t ins,
                   int64_t rank, double p, uint64_t seed, int dtype) {
-  LoraDownBackwardParams params{x,   dlow, da,        nullptr,
-                                rows, ins,  rank,      {p, seed},
-                                static_cast<DType>(dtype)};
+  LoraDownBackwardParams params{
+      x, dlow, da, nullptr, rows, ins, rank, {p, seed}, static_cast<DType>(dtype)};
   std::vector<float> workspace(lora_down_backward_workspace(params, kDevice), NAN);
   params.workspace = workspace.data();
   return lora_down_backward(params, kDevice);
 }
 
-int add(void* dx, const void* dlow, const void* a, int64_t rows, int64_t ins, int64_t rank, double p,
-        uint64_t seed, int dtype) {
+int add(void* dx, const void* dlow, const void* a, int64_t rows, int64_t ins, int64_t rank,
+        double p, uint64_t seed, int dtype) {
   return lora_add({dx, dlow, a, rows, ins, rank, {p, seed}, static_cast<DType>(dtype)}, kDevice);
 }
 

@@ -1,10 +1,10 @@
-// The functions of ptx.cuh for the host: one launch at a time, every thread of a cluster a fiber. So
-// the kernels run, whole and unchanged, where there is no GPU: tests/ops/test_emulated.py. Nothing
-// of this is part of fasttune._C.
+// The functions of ptx.cuh for the host: one launch at a time, every thread of a cluster a fiber.
+// So the kernels run, whole and unchanged, where there is no GPU: tests/ops/test_emulated.py.
+// Nothing of this is part of fasttune._C.
 //
 // What it finds: wrong indices, missing barriers (warps run in the order that the test chooses),
-// barriers that not all reach, misaligned vectors, shared memory read before it is written (it starts
-// as NaN). What it can't: speed, and what the hardware does otherwise than documented.
+// barriers that not all reach, misaligned vectors, shared memory read before it is written (it
+// starts as NaN). What it can't: speed, and what the hardware does otherwise than documented.
 #pragma once
 
 #include <sys/mman.h>
@@ -176,8 +176,8 @@ inline void start_cluster(int64_t first_block, int threads, int shared) {
   }
 }
 
-// A warp runs as far as it can before the next one does, so that whoever relies on warps keeping step
-// is found out.
+// A warp runs as far as it can before the next one does, so that whoever relies on warps keeping
+// step is found out.
 inline void run_cluster() {
   Machine& m = machine();
   std::vector<std::vector<Fiber*>> warps;
@@ -296,7 +296,8 @@ inline float shuffle_xor(float value, int mask) {
 template <typename S>
 S& block_shared() {
   std::vector<Vector>& shared = simt::self().home->shared;
-  if (shared.size() * sizeof(Vector) < sizeof(S)) simt::fail("too little shared memory was asked for");
+  if (shared.size() * sizeof(Vector) < sizeof(S))
+    simt::fail("too little shared memory was asked for");
   return *reinterpret_cast<S*>(shared.data());
 }
 

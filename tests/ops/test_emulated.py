@@ -56,6 +56,10 @@ def random(*shape: int, dtype=torch.float32, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=generator).to(dtype)
 
 
+def unwritten(*shape: int, dtype=torch.float32) -> Tensor:
+    return torch.full(shape, torch.nan, dtype=dtype)
+
+
 def weights(columns: int) -> Tensor:
     return torch.rand(columns, generator=torch.Generator().manual_seed(2))
 
@@ -265,7 +269,7 @@ def test_dropout_is_the_reference_bitwise(emulated, n, dtype, p):
     x = random(1, n, dtype=dtype)
     seed = torch.tensor(SEED)
     for skip in (0, 1):
-        source, out = Guarded(x, skip), Guarded(torch.zeros_like(x), skip)
+        source, out = Guarded(x, skip), Guarded(unwritten(1, n, dtype=dtype), skip)
         emulated.dropout(source.tensor, out.tensor, n, p, ctypes.c_int64(SEED), dtype, 0)
         out.check()
         assert torch.equal(out.tensor, dropout_reference(x, p, seed))
@@ -306,13 +310,13 @@ def test_lora_products(emulated, shape, dtype, p):
     x, a = Guarded(random(rows, features, dtype=dtype)), Guarded(random(rank, features, dtype=dtype, seed=1))
     d = dropped(x.tensor, p)
 
-    low = Guarded(torch.zeros(rows, rank, dtype=dtype))
+    low = Guarded(unwritten(rows, rank, dtype=dtype))
     emulated.down(x.tensor, a.tensor, low.tensor, rows, features, rank, p, seed, dtype)
     sums_close(low.tensor, d @ a.tensor.double().T, d.abs() @ a.tensor.double().abs().T)
 
     dlow = Guarded(random(rows, rank, dtype=dtype, seed=2))
     wide = dlow.tensor.double()
-    da = Guarded(torch.zeros(rank, features))
+    da = Guarded(unwritten(rank, features))
     emulated.down_backward(x.tensor, dlow.tensor, da.tensor, rows, features, rank, p, seed, dtype)
     sums_close(da.tensor, wide.T @ d, wide.abs().T @ d.abs())
 
@@ -332,7 +336,7 @@ def test_lora_up_backward(emulated, shape, dtype):
     rows, features, rank = shape
     dy = Guarded(random(rows, features, dtype=dtype))
     low, b = Guarded(random(rows, rank, dtype=dtype, seed=1)), Guarded(random(features, rank, dtype=dtype, seed=2))
-    dlow, db = Guarded(torch.zeros(rows, rank, dtype=dtype)), Guarded(torch.zeros(features, rank))
+    dlow, db = Guarded(unwritten(rows, rank, dtype=dtype)), Guarded(unwritten(features, rank))
     emulated.up_backward(dy.tensor, low.tensor, b.tensor, dlow.tensor, db.tensor, rows, features, rank, dtype)
     wide = dy.tensor.double()
     sums_close(dlow.tensor, wide @ b.tensor.double(), wide.abs() @ b.tensor.double().abs())
@@ -351,7 +355,7 @@ def test_lora_products_in_every_order_of_threads(emulated, dtype, order):
 def test_lora_of_tensors_off_a_boundary(emulated):
     rows, features, rank, dtype = 30, 64, 8, torch.bfloat16
     x, a = Guarded(random(rows, features, dtype=dtype), skip=1), random(rank, features, dtype=dtype)
-    out = torch.zeros(rows, rank, dtype=dtype)
+    out = unwritten(rows, rank, dtype=dtype)
     emulated.down(x.tensor, a, out, rows, features, rank, 0.3, ctypes.c_int64(SEED), dtype)
     d = dropped(x.tensor, 0.3)
     sums_close(out, d @ a.double().T, d.abs() @ a.double().abs().T)
@@ -362,7 +366,7 @@ def test_everything_dropped(emulated):
     seed = ctypes.c_int64(SEED)
     x = torch.full((rows, features), torch.inf, dtype=dtype)
     a, dlow = random(rank, features, dtype=dtype), random(rows, rank, dtype=dtype)
-    low, da = torch.ones(rows, rank, dtype=dtype), torch.ones(rank, features)
+    low, da = unwritten(rows, rank, dtype=dtype), unwritten(rank, features)
     dx = random(rows, features, dtype=dtype)
     before = dx.clone()
     emulated.down(x, a, low, rows, features, rank, 1.0, seed, dtype)
