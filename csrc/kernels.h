@@ -43,7 +43,8 @@ struct CrossEntropyParams {
   int64_t rows, classes, stride, grad_stride, factor_stride;
   int64_t ignore_index;
   CrossEntropyOptions options;
-  RowPlan plan;  // plan_row(); for the in-place gradient only
+  float inverse_softcap;  // filled in by the launcher
+  RowPlan plan;           // plan_row(); for the in-place gradient only
   DType dtype;
 };
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
-FLAGS = ("-std=c++17", "-O3", "--fmad=true", "-Werror", "all-warnings")
+FLAGS = ("-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-Werror", "all-warnings")
 JOBS = 2
 
 
@@ -106,7 +106,7 @@ def main() -> int:
     if compiler is None:
         print("kernels-check: skipped, nvcc is not on the PATH (nor in CUDA_HOME)")
         return 0
-    sources = [Path(name) for name in sys.argv[1:]] or sorted((ROOT / "csrc").glob("*.cu"))
+    sources = [Path(name) for name in sys.argv[1:]] or sorted([*ROOT.glob("csrc/*.cu"), *ROOT.glob("bench/*.cu")])
     jobs = [(source, architecture) for source in sources for architecture in ARCHITECTURES]
     with ThreadPoolExecutor(JOBS) as pool:
         tables = list(pool.map(lambda job: compile_one(compiler, *job), jobs))
