@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fasttune.ops import library
+
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 DTYPE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -50,13 +52,15 @@ def _as_c(value: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
+    if library.FORCED:
+        pytest.skip("FASTTUNE_REFERENCE is set: no kernel takes part")
     if not sys.platform.startswith("linux"):
         pytest.skip("the emulation of CUDA kernels needs Linux")
     compiler = shutil.which(os.environ.get("CXX", "c++").split()[0])
     if compiler is None:
         pytest.skip("the emulation of CUDA kernels needs a C++ compiler")
-    library = tmp_path_factory.mktemp("emulation") / "emulation.so"
+    built = tmp_path_factory.mktemp("emulation") / "emulation.so"
     # Without contraction, as on the CPU: dropout is compared bit by bit.
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
-    subprocess.run([compiler, *flags, str(CSRC / "emulation/library.cpp"), "-o", str(library)], check=True)
-    return Emulation(ctypes.CDLL(str(library)))
+    subprocess.run([compiler, *flags, str(CSRC / "emulation/library.cpp"), "-o", str(built)], check=True)
+    return Emulation(ctypes.CDLL(str(built)))
