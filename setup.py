@@ -1,5 +1,8 @@
 """Builds `fasttune._C`, the compiled kernels, where torch and a C++ compiler are at hand; else pure Python.
 
+With nvcc and a CUDA build of torch the CUDA kernels are built too; if they don't build, those for the CPU are.
+
+TORCH_CUDA_ARCH_LIST        what CUDA kernels are compiled for, as torch takes it; the devices here by default.
 FASTTUNE_NO_KERNELS=1       leaves the kernels out.
 FASTTUNE_REQUIRE_KERNELS=1  makes a kernel build that cannot be done fail the install.
 """
@@ -7,6 +10,7 @@ FASTTUNE_REQUIRE_KERNELS=1  makes a kernel build that cannot be done fail the in
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -57,35 +61,113 @@ def kernels() -> dict:
         left_out(f"no C++ compiler ({compiler!r} is not on the PATH; CXX names another)")
         return {}
 
+    extension, has_cuda = cuda_extension(cpp_extension), True
+    if extension is None:
+        extension, has_cuda = cpu_extension(cpp_extension), False
+
     class BuildKernels(cpp_extension.BuildExtension):
         def build_extensions(self) -> None:
             try:
-                super().build_extensions()
-            except (BaseError, RuntimeError, OSError, subprocess.SubprocessError) as error:
+                if has_cuda:
+                    self.build_with_cuda()
+                else:
+                    super().build_extensions()
+            except FAILURES as error:
                 if REQUIRED:
                     raise
-                left_out(f"the kernel build failed: {str(error).splitlines()[0] if str(error) else error!r}")
+                left_out(f"the kernel build failed: {first_line(error)}")
                 self.extensions = []
 
+        def build_with_cuda(self) -> None:
+            try:
+                super().build_extensions()
+            except FAILURES as error:
+                if REQUIRED:
+                    raise
+                print(f"fasttune: installing without CUDA kernels: their build failed: {first_line(error)}",
+                      file=sys.stderr)  # fmt: skip
+                # Another extension object would lack what setuptools has noted on this one.
+                vars(extension).update(vars(cpu_extension(cpp_extension)))
+                super().build_extensions()
+
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildKernels}}
+
+
+FAILURES = (BaseError, RuntimeError, OSError, subprocess.SubprocessError)
+
+
+def first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else repr(error)
+
+
+def files(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+def compiler_flags() -> list[str]:
     # Without -ffp-contract=off a compiler may fuse multiply and add on one instruction set and not on
     # another. OpenMP is compiled in but not linked: the symbols come from the copy that torch has loaded,
     # and a second OpenMP runtime would mean a second pool of threads.
-    unix = os.name == "posix"
     # gcc 12 takes its own intrinsics headers for uninitialized (GCC bug 105593), and warns of calls with vectors
     # (psabi) though all of them are inlined.
     quiet = ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"]
-    flags = ["-O3", "-g0", "-ffp-contract=off", *quiet] if unix else ["/O2"]
-    if sys.platform.startswith("linux"):
-        flags.append("-fopenmp")
-    extension = cpp_extension.CppExtension(
+    flags = ["-O3", "-g0", "-ffp-contract=off", *quiet] if os.name == "posix" else ["/O2"]
+    return [*flags, "-fopenmp"] if sys.platform.startswith("linux") else flags
+
+
+def cpu_extension(cpp_extension):
+    return cpp_extension.CppExtension(
         "fasttune._C",
-        ["csrc/bindings.cpp", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp"))],
+        ["csrc/bindings.cpp", *files("csrc/cpu/*.cpp")],
         define_macros=[("FASTTUNE_REVISION", revision())],
-        extra_compile_args=flags,
-        depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")),
+        extra_compile_args=compiler_flags(),
+        depends=files("csrc/**/*.h"),
         optional=not REQUIRED,
     )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildKernels}}
+
+
+def cuda_extension(cpp_extension):
+    """The kernels for CPU and CUDA; None where torch is a build without CUDA, or nvcc is missing."""
+    import torch
+
+    if torch.version.cuda is None:
+        return None
+    if cpp_extension.CUDA_HOME is None or shutil.which(str(Path(cpp_extension.CUDA_HOME, "bin/nvcc"))) is None:
+        print("fasttune: installing without CUDA kernels: nvcc is not found (CUDA_HOME names the toolkit)",
+              file=sys.stderr)  # fmt: skip
+        return None
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(architectures(cpp_extension.CUDA_HOME))
+    named = os.environ["TORCH_CUDA_ARCH_LIST"]
+    print(f"fasttune: building CUDA kernels for {named}", file=sys.stderr)
+    return cpp_extension.CUDAExtension(
+        "fasttune._C",
+        ["csrc/bindings.cpp", "csrc/bindings_cuda.cpp", *files("csrc/*.cu", "csrc/cpu/*.cpp")],
+        define_macros=[("FASTTUNE_REVISION", revision()), ("FASTTUNE_CUDA", None)],
+        # nvcc would take the commas for more macros.
+        extra_compile_args={
+            "cxx": [*compiler_flags(), f"-DFASTTUNE_ARCHITECTURES={','.join(re.split('[ ;]+', named))}"],
+            "nvcc": ["-O3", "-lineinfo"],
+        },
+        depends=files("csrc/**/*.h", "csrc/*.cuh"),
+    )
+
+
+def architectures(cuda_home: str) -> list[str]:
+    """Those of the devices here; with none here, every one that is tuned for and that nvcc knows.
+
+    No kernel needs what an architecture ending in `a` has beyond the plain one. PTX is of the plain one, since
+    that alone is compiled by the driver for later chips.
+    """
+    import torch
+
+    command = [str(Path(cuda_home, "bin/nvcc")), "--list-gpu-arch"]
+    known = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    if torch.cuda.is_available():
+        present = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        return [f"{major}.{minor}{'a' if major >= 9 else ''}" for major, minor in sorted(present)]
+    wanted = {"8.0": "compute_80", "9.0a": "compute_90", "10.0a": "compute_100", "9.0+PTX": "compute_90"}
+    return [name for name, needs in wanted.items() if needs in known] or ["8.0+PTX"]
 
 
 setup(**kernels())

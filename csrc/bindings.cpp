@@ -9,6 +9,9 @@
 #include "cpu/allocator.h"
 #include "cpu/kernels.h"
 #include "philox.h"
+#ifdef FASTTUNE_CUDA
+#include "bindings_cuda.h"
+#endif
 
 #define FASTTUNE_TEXT_(x) #x
 #define FASTTUNE_TEXT(x) FASTTUNE_TEXT_(x)
@@ -36,8 +39,13 @@ py::dict build_info() {
   info["compiler"] = compiler();
   info["torch"] = TORCH_VERSION;
   info["revision"] = FASTTUNE_TEXT(FASTTUNE_REVISION);
+#ifdef FASTTUNE_CUDA
+  info["cuda"] = cuda_version();
+  info["architectures"] = cuda_architectures();
+#else
   info["cuda"] = py::none();
   info["architectures"] = py::list();
+#endif
   info["cpu"] = cpu::capability();
 #ifdef _OPENMP
   info["openmp"] = true;
@@ -48,6 +56,11 @@ py::dict build_info() {
 }
 
 }  // namespace
+
+#ifndef FASTTUNE_CUDA
+// On CPU a label is checked by the call it comes with.
+void raise_pending() {}
+#endif
 }  // namespace fasttune
 
 PYBIND11_MODULE(_C, m) {
@@ -60,6 +73,8 @@ PYBIND11_MODULE(_C, m) {
     const fasttune::cpu::KeptBytes bytes = fasttune::cpu::kept_bytes();
     return std::array<int64_t, 2>{bytes.live, bytes.touched};
   });
+  m.def("raise_pending", &fasttune::raise_pending,
+        "IndexError if a CUDA kernel that has ended met a label out of range. Waits for nothing.");
   m.def("philox4x32_10", [](std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
     const fasttune::Philox4 in{{counter[0], counter[1], counter[2], counter[3]}};
     const fasttune::Philox4 out = fasttune::philox4x32_10(in, key[0], key[1]);

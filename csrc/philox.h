@@ -33,26 +33,57 @@ struct Philox4 {
   uint32_t word[4];
 };
 
+FASTTUNE_HOST_DEVICE Philox4 philox_round(Philox4 c, uint32_t key0, uint32_t key1) {
+  const uint64_t product0 = static_cast<uint64_t>(kPhiloxM0) * c.word[0];
+  const uint64_t product1 = static_cast<uint64_t>(kPhiloxM1) * c.word[2];
+  return {
+      {static_cast<uint32_t>(product1 >> 32) ^ c.word[1] ^ key0, static_cast<uint32_t>(product1),
+       static_cast<uint32_t>(product0 >> 32) ^ c.word[3] ^ key1, static_cast<uint32_t>(product0)}};
+}
+
 FASTTUNE_HOST_DEVICE Philox4 philox4x32_10(Philox4 counter, uint32_t key0, uint32_t key1) {
-  uint32_t c0 = counter.word[0], c1 = counter.word[1];
-  uint32_t c2 = counter.word[2], c3 = counter.word[3];
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint64_t product0 = static_cast<uint64_t>(kPhiloxM0) * c0;
-    const uint64_t product1 = static_cast<uint64_t>(kPhiloxM1) * c2;
-    c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ key0;
-    c1 = static_cast<uint32_t>(product1);
-    c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ key1;
-    c3 = static_cast<uint32_t>(product0);
+    counter = philox_round(counter, key0, key1);
     key0 += kPhiloxW0;
     key1 += kPhiloxW1;
   }
-  return {{c0, c1, c2, c3}};
+  return counter;
+}
+
+FASTTUNE_HOST_DEVICE Philox4 philox_counter(uint64_t quad) {
+  return {{static_cast<uint32_t>(quad), static_cast<uint32_t>(quad >> 32), 0u, 0u}};
 }
 
 // The four random words of elements 4 * quad .. 4 * quad + 3.
 FASTTUNE_HOST_DEVICE Philox4 philox_quad(uint64_t seed, uint64_t quad) {
-  const Philox4 counter{{static_cast<uint32_t>(quad), static_cast<uint32_t>(quad >> 32), 0u, 0u}};
-  return philox4x32_10(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+  return philox4x32_10(philox_counter(quad), static_cast<uint32_t>(seed),
+                       static_cast<uint32_t>(seed >> 32));
+}
+
+// Every round's two keys. Among a kernel's arguments they cost neither an addition nor a register:
+// instructions read them from constant memory.
+struct PhiloxKeys {
+  uint32_t word[2 * kPhiloxRounds];
+};
+
+inline PhiloxKeys philox_keys(uint64_t seed) {
+  PhiloxKeys keys;
+  for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
+    keys.word[2 * round] = static_cast<uint32_t>(seed) + round * kPhiloxW0;
+    keys.word[2 * round + 1] = static_cast<uint32_t>(seed >> 32) + round * kPhiloxW1;
+  }
+  return keys;
+}
+
+FASTTUNE_HOST_DEVICE Philox4 philox_quad(const PhiloxKeys& keys, uint64_t quad) {
+  Philox4 state = philox_counter(quad);
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    state = philox_round(state, keys.word[2 * round], keys.word[2 * round + 1]);
+  }
+  return state;
 }
 
 // 64 bits, because p = 1 (nothing is kept) gives 2^32.

@@ -328,6 +328,11 @@ def _checked_labels(target: Tensor, classes: int, ignore_index: int) -> Tensor:
     return torch.where(live, target, 0)
 
 
+def _note_labels(target: Tensor, classes: int, ignore_index: int) -> None:
+    """IndexError for a label out of range; a CUDA kernel records it instead, and the next call raises."""
+    _checked_labels(target, classes, ignore_index)
+
+
 def _rows(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     warn_of_reference("cross_entropy", logits)
     return cross_entropy_reference(logits, *args)
@@ -343,6 +348,7 @@ def _grad_(
 
 _OPTIONS = "Tensor? weight, int ignore_index, float label_smoothing, float softcap, float z_loss"
 LIBRARY.define("checked_labels(Tensor target, SymInt classes, SymInt ignore_index) -> Tensor")
+LIBRARY.define("note_labels(Tensor target, SymInt classes, SymInt ignore_index) -> ()")
 LIBRARY.define("scale_(Tensor(a!) x, Tensor factor) -> ()")
 LIBRARY.define(f"cross_entropy_rows(Tensor logits, Tensor target, {_OPTIONS}) -> (Tensor loss, Tensor stats)")
 LIBRARY.define(
@@ -353,6 +359,7 @@ LIBRARY.define(
     " -> (Tensor loss, Tensor stats)"
 )
 LIBRARY.impl("checked_labels", _checked_labels, "CompositeExplicitAutograd")
+LIBRARY.impl("note_labels", _note_labels, "CompositeExplicitAutograd")
 LIBRARY.impl("scale_", _scale_, "CompositeExplicitAutograd")
 LIBRARY.impl("cross_entropy_rows", _rows, "CompositeExplicitAutograd")
 LIBRARY.impl("cross_entropy_rows_backward", cross_entropy_gradient_reference, "CompositeExplicitAutograd")

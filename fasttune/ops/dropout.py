@@ -20,6 +20,7 @@ from fasttune.ops.library import LIBRARY, OPS, Op, record_use, warn_of_reference
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
+NO_DOUBLE = "float64 runs the reference on CUDA"
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -44,7 +45,14 @@ def dropout(x: Tensor, p: float, *, training: bool) -> Tensor:
     if x.dtype not in DTYPES:
         raise TypeError(f"x: expected float64, float32, float16 or bfloat16, found {x.dtype}")
     record_use("dropout", x)
-    return torch.ops.fasttune.dropout_seeded(x, p, draw_seed())
+    return seeded_dropout(x, p, draw_seed())
+
+
+def seeded_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """Dropout with the mask of this seed, differentiable, by the kernel or the reference."""
+    if _refuses(x):
+        return _masked(x, p, seed)
+    return torch.ops.fasttune.dropout_seeded(x, p, seed)
 
 
 def draw_seed() -> Tensor:
@@ -138,7 +146,7 @@ torch.library.register_autograd("fasttune::dropout_seeded", _backward, setup_con
 
 
 def _refuses(x: Tensor | None = None) -> str | None:
-    return None if x is None or x.dtype in DTYPES else f"dropout does not take {x.dtype}"
+    return NO_DOUBLE if x is not None and x.is_cuda and x.dtype == torch.float64 else None
 
 
 OPS["dropout"] = Op("dropout_seeded", "mask drawn and applied by the compiled kernel", _refuses)

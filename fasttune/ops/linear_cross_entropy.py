@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fasttune.ops.cross_entropy import (
     Reduction,
-    _checked_labels,
     check_class_weight,
     check_options,
     cross_entropy_reference,
@@ -216,8 +215,8 @@ def _chunks(
     """
     classes, every, ignore_index = weight.shape[0], target.shape[0], options[1]
     live = None
+    torch.ops.fasttune.note_labels(target, classes, ignore_index)
     if not (hidden.is_cuda and has_kernel("cross_entropy_grad_", "cuda")):
-        _checked_labels(target, classes, ignore_index)
         live = (target != ignore_index).nonzero().squeeze(1)
         if live.numel() < every:
             hidden, target = hidden[live], target[live]

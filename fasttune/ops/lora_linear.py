@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fasttune.ops.dropout import DTYPES, check_p, draw_seed
+from fasttune.ops.dropout import DTYPES, NO_DOUBLE, check_p, draw_seed, seeded_dropout
 from fasttune.ops.library import LIBRARY, OPS, Op, record_use
 
 ops = torch.ops.fasttune
@@ -56,7 +56,7 @@ def lora_linear(
     p = dropout if training else 0.0
     seed = draw_seed() if p > 0 else None
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    if _trains_base(weight, bias):
+    if _refuses(x, weight, bias):
         y = lora_linear_reference(rows, weight, bias, lora_a, lora_b, scale, p, seed)
     else:
         y, _ = torch.ops.fasttune.lora_linear(rows, weight, bias, lora_a, lora_b, scale, p, seed)
@@ -74,7 +74,7 @@ def lora_linear_reference(
     seed: Tensor | None,
 ) -> Tensor:
     """The specification, x [rows, in] -> [rows, out]: PyTorch's ops, differentiable in every argument."""
-    dropped = x if seed is None else ops.dropout_seeded(x, p, seed)
+    dropped = x if seed is None else seeded_dropout(x, p, seed)
     low = F.linear(dropped, lora_a.to(x.dtype))
     return F.linear(x, weight, bias) + F.linear(low, scaled(lora_b, scale, x.dtype))
 
@@ -257,6 +257,8 @@ torch.library.register_autograd("fasttune::lora_linear_backward", _no_second_ord
 def _refuses(
     x: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None, *adapter: Tensor
 ) -> str | None:
+    if x is not None and x.is_cuda and x.dtype == torch.float64:
+        return NO_DOUBLE
     if weight is not None and _trains_base(weight, bias):
         return "weight or bias requires a gradient: a plain composition of PyTorch's ops computes it"
     return None
