@@ -7,8 +7,8 @@ Forward    W [b, h, q, k] = softmax(Q Kᵀ · scale + mask),  O [b, q, h, d] = d
 Backward   dV = drop(W)ᵀ dO,  dW = drop(dO Vᵀ),  dS = scale · W ∘ (dW - rowsum(W ∘ dW)),  dQ = dS K,  dK = dSᵀ Q
 
 Saved are Q, K, V, the seed and two numbers a row of scores; W is computed again (Dao et al., FlashAttention, 2022;
-there rowsum(W ∘ dW) is taken from O ∘ dO, whose other roundings don't cancel where one weight is nearly 1). The mask
-of the dropout is that of `fasttune.ops.dropout` on W.
+there rowsum(W ∘ dW) is taken from O ∘ dO, whose other roundings don't cancel where one weight is nearly 1). The
+mask of the dropout is that of `fasttune.ops.dropout` on W.
 """
 
 from __future__ import annotations
