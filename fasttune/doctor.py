@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from fasttune import __version__
-from fasttune.adapt import native_precision
+from fasttune.adapt import DTYPES, native_precision
 from fasttune.errors import PluginError
 from fasttune.ops import backend, build_info
+from fasttune.ops.library import OPS
 from fasttune.task import GROUP, installed, load
 
 
@@ -34,8 +35,8 @@ def diagnose() -> dict[str, Any]:
     }
     for key, value in build_info().items():
         found[f"kernels: {key}"] = value
-    example = torch.zeros(1, 1, dtype=torch.float32, device=device)
-    for op in ("dropout", "lora_linear", "cross_entropy"):
+    example = torch.zeros(1, 1, dtype=DTYPES[native_precision(device)], device=device)
+    for op in sorted(OPS):
         served = backend(op, example)
         found[f"op {op}"] = f"{served.name}: {served.why}"
     for plugin in installed():

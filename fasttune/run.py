@@ -30,7 +30,7 @@ from fasttune.features import CachedBase, cache_features
 from fasttune.folder import RunFolder, plain, write_text
 from fasttune.inference import Model, load
 from fasttune.memory import keeps_pages, limit_primitive_cache, peak_memory, return_free_memory
-from fasttune.ops import backend
+from fasttune.ops import forget_uses, used
 from fasttune.optim import Optimizer
 from fasttune.prepare import UNITS, Prepared, adapt_bundle, build_bundle, data_report, prepare, source_of, width_of
 from fasttune.progress import Progress
@@ -65,6 +65,7 @@ def finetune(
         raise ConfigError(f"give a RunConfig or keywords, not both; found {', '.join(settings)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     limit_primitive_cache()
+    forget_uses()
     config = configs.resolve(config or configs.build(settings), precision=native_precision(device))
     if isinstance(config.strategy, Lora) and config.weights == "random":
         raise ConfigError("strategy lora adapts pretrained weights; weights random needs strategy full")
@@ -143,13 +144,12 @@ class _Run:
             f"strategy {strategy.kind}: {trained:,} of {everything:,} parameters trained, in {train.precision}",
             f"attention: {adapted.attention}",
             f"memory: {'tensors keep their pages' if keeps_pages() else 'freed pages go back to the system'}",
-            f"ops: {_backends(self.device)}",
         ]
         cached = cache_features(self.prepared.bundle, strategy.cache_gb) if isinstance(strategy, Head) else None
         if isinstance(strategy, Head) and cached is None:
             why = "strategy.cache_gb is 0" if not strategy.cache_gb else "part of the head stands inside the base"
             self.progress.note(f"features of the base are computed anew in every epoch: {why}")
-        for note in self.prepared.notes[-4:]:
+        for note in self.prepared.notes[-3:]:
             self.progress.note(note)
         return adapted, cached
 
@@ -351,6 +351,8 @@ class _Run:
         self._export(last, self.folder.last)
         model = load(self.folder.path)
         valid = plain(model.score(self.prepared.valid))
+        ops = {op: vars(backend) for op, backend in sorted(used().items())}
+        self.prepared.notes += [f"op {op}: by {by['name']}, {by['why']}" for op, by in ops.items()]
         steps, evaluations = read_records(self.folder.steps)
         seconds = sum(record["seconds"] for record in steps)
         metrics = {
@@ -367,6 +369,7 @@ class _Run:
             "truncated_train": self.prepared.train.truncated / len(self.prepared.train),
             "train_rows": self.prepared.train.usable_rows,
             "valid_rows": self.prepared.valid.usable_rows,
+            "ops": ops,
         }
         warnings = dangers(steps, evaluations)
         configs_text = configs.dump(self.config)
@@ -400,9 +403,3 @@ class _Run:
             raise OutputError(
                 f"{folder}: the model can't be written: {disk_fault(error)}; mend that and finish with --resume"
             ) from error
-
-
-def _backends(device: torch.device) -> str:
-    """Who runs each op on this device."""
-    example = torch.empty(0, device=device)
-    return ", ".join(f"{op} by {backend(op, example).name}" for op in ("dropout", "lora_linear", "cross_entropy"))

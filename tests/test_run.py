@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fasttune
+import fasttune.ops
 from fasttune import config as configs
 from fasttune.errors import ConfigError
 from fasttune.report import Report
@@ -69,6 +70,17 @@ def assert_same_scores(found: list[dict[str, float]], expected: list[dict[str, f
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_the_report_names_who_ran_each_op(finished: Any) -> None:
+    folder, report = finished("lora")
+    found = report.metrics["ops"]
+    assert {"lora_linear, float32", "cross_entropy, float32", "dropout, float32"} <= set(found)
+    page = (folder / "report.html").read_text()
+    for key, by in found.items():
+        served = fasttune.ops.backend(key.partition(",")[0])
+        assert (by["name"], by["why"]) == (served.name, served.why)
+        assert f"op {key}: by {served.name}" in page
 
 
 @pytest.mark.parametrize("kind", ["full", "head", "lora"])

@@ -1,6 +1,6 @@
-// Attention on CPU, a few heads of one batch row at a time: PyTorch's batched products, and between
-// them the softmax with its dropout over scores that are still in the second-level cache. Nothing
-// of size queries x keys leaves a thread; the backward computes the scores again.
+// Attention on CPU, a few heads at a time: PyTorch's batched products, and between them the softmax
+// with its dropout over scores that are still in the second-level cache. Nothing of size queries x
+// keys leaves a thread; the backward computes the scores again.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -48,66 +48,82 @@ Shape shape_of(const at::Tensor& query, const at::Tensor& key) {
           query.size(2), key.size(2), query.size(3)};
 }
 
-// Key heads a block holds, and how many blocks cover all batch rows.
+// A unit is a key head of a batch row, with the query heads that share it; unit b * key_heads +
+// head. Units a block holds, and how many blocks cover all.
 struct Blocks {
-  int64_t heads, of_row, count;
+  int64_t units, count;
 };
 
 Blocks blocks_of(const Shape& s, int64_t item) {
+  const int64_t all = s.b * s.key_heads;
   const int64_t bytes = s.padded_rows() * s.padded_keys() * item;
-  const int64_t heads =
-      std::clamp<int64_t>(kScoreBytes / std::max<int64_t>(bytes, 1), 1, s.key_heads);
-  const int64_t of_row = (s.key_heads + heads - 1) / heads;
-  return {heads, of_row, s.b * of_row};
+  const int64_t fitting = std::max<int64_t>(1, kScoreBytes / std::max<int64_t>(bytes, 1));
+  // As many blocks as threads can share evenly, and as even as they can be.
+  const int64_t threads = at::get_num_threads();
+  const int64_t count = ((all + fitting - 1) / fitting + threads - 1) / threads * threads;
+  const int64_t units = count == 0 ? 0 : (all + count - 1) / count;
+  return {units, units == 0 ? 0 : (all + units - 1) / units};
 }
 
-// [heads, length, width] of one batch row, of any strides but a unit one for the width, into the
-// dense buffer [key heads, padded length, width] of a block; zeros in the padding.
+// Inlined, unlike memcpy of a few bytes that the compiler doesn't know.
 template <typename T>
-void pack(const at::Tensor& from, int64_t b, int64_t head, int64_t heads, int64_t g,
-          const at::Tensor& buffer) {
-  const int64_t length = from.size(2), width = from.size(3), padded = buffer.size(1);
-  const T* base = from.const_data_ptr<T>() + b * from.stride(0) + head * g * from.stride(1);
-  T* out = buffer.mutable_data_ptr<T>();
-  for (int64_t h = 0; h < heads; ++h) {
-    for (int64_t j = 0; j < g; ++j, base += from.stride(1)) {
-      const T* in = base;
-      for (int64_t i = 0; i < length; ++i, out += width, in += from.stride(2)) {
-        std::memcpy(static_cast<void*>(out), in, width * sizeof(T));
-      }
+void copy_row(T* out, const T* in, int64_t width) {
+  constexpr int64_t kPart = 32 / sizeof(T);
+  int64_t i = 0;
+  for (; i + kPart <= width; i += kPart) std::memcpy(static_cast<void*>(out + i), in + i, 32);
+  for (; i < width; ++i) out[i] = in[i];
+}
+
+// The rows of a unit in `whole` [b, key heads * g, length, width], of any strides but a unit one
+// for the width, beside those in `dense` [units, padded g * length, width]: body(row of whole, of
+// dense).
+template <typename T, typename Body>
+void each_row(const at::Tensor& whole, const at::Tensor& dense, int64_t first, int64_t units,
+              int64_t g, const Body& body) {
+  const int64_t key_heads = whole.size(1) / g, length = whole.size(2), width = whole.size(3);
+  const int64_t row_stride = whole.stride(2), head_stride = whole.stride(1);
+  T* const base = static_cast<T*>(whole.data_ptr());
+  for (int64_t unit = first; unit < first + units; ++unit) {
+    T* row = static_cast<T*>(dense.data_ptr()) + (unit - first) * dense.size(1) * width;
+    T* head = base + unit / key_heads * whole.stride(0) + unit % key_heads * g * head_stride;
+    for (int64_t j = 0; j < g; ++j, head += head_stride) {
+      for (int64_t i = 0; i < length; ++i, row += width) body(head + i * row_stride, row);
     }
-    const int64_t rest = (padded - g * length) * width;
-    std::memset(static_cast<void*>(out), 0, rest * sizeof(T));
-    out += rest;
+  }
+}
+
+// Zeros in the padding.
+template <typename T>
+void pack(const at::Tensor& whole, const at::Tensor& dense, int64_t first, int64_t units,
+          int64_t g) {
+  const int64_t width = whole.size(3), filled = g * whole.size(2) * width;
+  const int64_t unit = dense.size(1) * width;
+  each_row<T>(whole, dense, first, units, g,
+              [width](const T* from, T* to) { copy_row(to, from, width); });
+  for (int64_t u = 0; u < units; ++u) {
+    T* to = static_cast<T*>(dense.data_ptr()) + u * unit;
+    std::fill(to + filled, to + unit, static_cast<T>(0.0f));
   }
 }
 
 template <typename T>
-void unpack(const at::Tensor& buffer, const at::Tensor& to, int64_t b, int64_t head, int64_t heads,
+void unpack(const at::Tensor& dense, const at::Tensor& whole, int64_t first, int64_t units,
             int64_t g) {
-  const int64_t length = to.size(2), width = to.size(3), padded = buffer.size(1);
-  T* base = to.mutable_data_ptr<T>() + b * to.stride(0) + head * g * to.stride(1);
-  const T* in = buffer.const_data_ptr<T>();
-  for (int64_t h = 0; h < heads; ++h) {
-    for (int64_t j = 0; j < g; ++j, base += to.stride(1)) {
-      T* out = base;
-      for (int64_t i = 0; i < length; ++i, in += width, out += to.stride(2)) {
-        std::memcpy(static_cast<void*>(out), in, width * sizeof(T));
-      }
-    }
-    in += (padded - g * length) * width;
-  }
+  const int64_t width = whole.size(3);
+  each_row<T>(whole, dense, first, units, g,
+              [width](T* to, const T* from) { copy_row(to, from, width); });
 }
 
 // What the rows of one block need; dense buffers are [key heads, padded rows, padded keys or
 // width].
 template <typename T>
 struct Rows {
-  T* scores;    // raw on entry; the dropped weights afterwards
+  int64_t first, units;  // of the block
+  T* scores;             // raw on entry; the dropped weights afterwards
   T* dweights;  // null in the forward; the gradient of the dropped weights, then of the raw scores
   const char* mask;  // added to the scaled scores, or null: float or T, strides in bytes
   float* mask_row;   // [padded keys]: the mask of one row, 0 without one; -inf in the padding
-  int64_t mask_head, mask_query;
+  int64_t mask_batch, mask_head, mask_query;
   bool mask_is_float;
   const uint16_t* kept;  // bit `skip` is the block's first element; null without dropout
   int64_t skip;
@@ -208,14 +224,14 @@ struct RowKernel {
     }
   }
 
-  FASTTUNE_INLINE void run(int64_t head, int64_t heads) const {
+  // Units inside, queries outside: the heads of a batch row mostly share the row of the mask.
+  FASTTUNE_INLINE void run() const {
     const char* masked_as = nullptr;
-    for (int64_t h = 0; h < heads; ++h) {
-      for (int64_t r = 0; r < s.rows(); ++r) {
-        const int64_t at = h * s.padded_rows() + r, row = h * s.rows() + r;
+    for (int64_t r = 0; r < s.rows(); ++r) {
+      for (int64_t u = 0; u < rows.units; ++u) {
+        const int64_t at = u * s.padded_rows() + r, row = u * s.rows() + r;
         if (rows.mask != nullptr) {
-          const char* mask =
-              rows.mask + (head * s.g + row / s.q) * rows.mask_head + r % s.q * rows.mask_query;
+          const char* mask = mask_of(rows.first + u, r);
           if (mask != masked_as) load_mask(mask);
           masked_as = mask;
         }
@@ -230,26 +246,31 @@ struct RowKernel {
       }
     }
   }
+
+  FASTTUNE_INLINE const char* mask_of(int64_t unit, int64_t r) const {
+    const int64_t head = unit % s.key_heads * s.g + r / s.q;
+    return rows.mask + unit / s.key_heads * rows.mask_batch + head * rows.mask_head +
+           r % s.q * rows.mask_query;
+  }
 };
 
 template <typename T>
-using AllRows = void (*)(const Shape&, int64_t, int64_t, const Rows<T>&);
+using AllRows = void (*)(const Shape&, const Rows<T>&);
 
 template <typename T>
-void all_rows_default(const Shape& s, int64_t head, int64_t heads, const Rows<T>& rows) {
-  RowKernel<4, T>{s, rows}.run(head, heads);
+void all_rows_default(const Shape& s, const Rows<T>& rows) {
+  RowKernel<4, T>{s, rows}.run();
 }
 
 #ifdef FASTTUNE_X86
 template <typename T>
-FASTTUNE_AVX2 void all_rows_avx2(const Shape& s, int64_t head, int64_t heads, const Rows<T>& rows) {
-  RowKernel<8, T>{s, rows}.run(head, heads);
+FASTTUNE_AVX2 void all_rows_avx2(const Shape& s, const Rows<T>& rows) {
+  RowKernel<8, T>{s, rows}.run();
 }
 
 template <typename T>
-FASTTUNE_AVX512 void all_rows_avx512(const Shape& s, int64_t head, int64_t heads,
-                                     const Rows<T>& rows) {
-  RowKernel<16, T>{s, rows}.run(head, heads);
+FASTTUNE_AVX512 void all_rows_avx512(const Shape& s, const Rows<T>& rows) {
+  RowKernel<16, T>{s, rows}.run();
 }
 #endif
 
@@ -263,8 +284,7 @@ AllRows<T> all_rows_here() {
   return all_rows_default<T>;
 }
 
-// A thread's buffers for one block of heads, and the block itself: the heads [head, head + heads)
-// of batch row b.
+// A thread's buffers for one block, and which block: units [first, first + units).
 template <typename T>
 struct Block {
   const AttentionCall& call;
@@ -274,7 +294,7 @@ struct Block {
   std::vector<uint16_t> bits;
   std::vector<float> wide, incoming, mask_row;
   const AllRows<T> kernel = all_rows_here<T>();
-  int64_t b = 0, head = 0, heads = 0;
+  int64_t first = 0, units = 0;
 
   Block(const AttentionCall& attention, const Shape& shape, const Blocks& all_blocks)
       : call(attention),
@@ -284,38 +304,49 @@ struct Block {
         incoming(s.padded_keys()),
         mask_row(s.padded_keys()) {
     std::fill(mask_row.begin() + s.k, mask_row.end(), -INFINITY);
-    q = rows_buffer(s.padded_rows(), s.d);
-    k = rows_buffer(s.padded_keys(), s.d);
-    v = rows_buffer(s.padded_keys(), s.d);
-    out = rows_buffer(s.padded_rows(), s.d);
-    scores = rows_buffer(s.padded_rows(), s.padded_keys());
-    if (call.p > 0) bits.resize((blocks.heads * s.rows() * s.k + kDrawSlack) / 16);
+    q = buffer(s.padded_rows(), s.d);
+    k = buffer(s.padded_keys(), s.d);
+    v = buffer(s.padded_keys(), s.d);
+    out = buffer(s.padded_rows(), s.d);
+    scores = buffer(s.padded_rows(), s.padded_keys());
+    if (call.p > 0) bits.resize((blocks.units * s.rows() * s.k + kDrawSlack) / 16);
   }
 
-  at::Tensor rows_buffer(int64_t rows, int64_t width) const {
-    return at::empty({blocks.heads, rows, width}, call.query.options());
+  at::Tensor buffer(int64_t rows, int64_t width) const {
+    return at::empty({blocks.units, rows, width}, call.query.options());
   }
 
-  at::Tensor used(const at::Tensor& buffer) const { return buffer.narrow(0, 0, heads); }
-
-  void load(int64_t i) {
-    b = i / blocks.of_row;
-    head = i % blocks.of_row * blocks.heads;
-    heads = std::min(blocks.heads, s.key_heads - head);
-    pack<T>(call.query, b, head, heads, s.g, q);
-    pack<T>(call.key, b, head, heads, 1, k);
-    pack<T>(call.value, b, head, heads, 1, v);
+  void load(int64_t block) {
+    first = block * blocks.units;
+    units = std::min(blocks.units, s.b * s.key_heads - first);
+    pack(call.query, q, s.g);
+    pack(call.key, k, 1);
+    pack(call.value, v, 1);
   }
 
-  // dst [heads, n, m] = a [heads, n, l] b [heads, l, m]
-  void product(const at::Tensor& dst, const at::Tensor& a, const at::Tensor& b_) const {
-    at::Tensor result = used(dst);
-    at::bmm_out(result, used(a), used(b_));
+  void pack(const at::Tensor& whole, const at::Tensor& dense, int64_t g) const {
+    cpu::pack<T>(whole, dense, first, units, g);
+  }
+
+  void unpack(const at::Tensor& dense, const at::Tensor& whole, int64_t g) const {
+    cpu::unpack<T>(dense, whole, first, units, g);
+  }
+
+  // result [units, n, m] = a [units, n, l] b [units, l, m]
+  void product(const at::Tensor& result, const at::Tensor& a, const at::Tensor& b) const {
+    if (units == blocks.units) {
+      at::bmm_out(const_cast<at::Tensor&>(result), a, b);
+    } else {
+      at::Tensor used = result.narrow(0, 0, units);
+      at::bmm_out(used, a.narrow(0, 0, units), b.narrow(0, 0, units));
+    }
   }
 
   void run_rows(const at::Tensor& dweights) {
-    const int64_t first_row = (b * s.key_heads + head) * s.rows();
+    const int64_t first_row = first * s.rows();
     Rows<T> rows{};
+    rows.first = first;
+    rows.units = units;
     rows.scores = scores.mutable_data_ptr<T>();
     rows.stats = call.stats.mutable_data_ptr<float>() + 2 * first_row;
     rows.wide = wide.data();
@@ -326,20 +357,20 @@ struct Block {
     if (dweights.defined()) rows.dweights = dweights.mutable_data_ptr<T>();
     if (call.mask.defined()) {
       const int64_t item = static_cast<int64_t>(call.mask.element_size());
-      rows.mask =
-          static_cast<const char*>(call.mask.const_data_ptr()) + b * call.mask.stride(0) * item;
+      rows.mask = static_cast<const char*>(call.mask.const_data_ptr());
+      rows.mask_batch = call.mask.stride(0) * item;
       rows.mask_head = call.mask.stride(1) * item;
       rows.mask_query = call.mask.stride(2) * item;
       rows.mask_is_float = call.mask.scalar_type() == at::kFloat;
     }
     if (call.p > 0) {
-      const uint64_t first = static_cast<uint64_t>(first_row) * static_cast<uint64_t>(s.k);
-      draw_mask(call.seed, first, heads * s.rows() * s.k, call.p, bits.data());
+      const uint64_t element = static_cast<uint64_t>(first_row) * static_cast<uint64_t>(s.k);
+      draw_mask(call.seed, element, units * s.rows() * s.k, call.p, bits.data());
       rows.kept = bits.data();
-      rows.skip = static_cast<int64_t>(first % 4);
+      rows.skip = static_cast<int64_t>(element % 4);
       rows.keep_scale = call.p < 1 ? static_cast<float>(1.0 / (1.0 - call.p)) : 0.0f;
     }
-    kernel(s, head, heads, rows);
+    kernel(s, rows);
   }
 };
 
@@ -355,7 +386,7 @@ void forward(const AttentionCall& call, const at::Tensor& out) {
       block.product(block.scores, block.q, block.k.transpose(1, 2));
       block.run_rows({});
       block.product(block.out, block.scores, block.v);
-      unpack<T>(block.out, out, block.b, block.head, block.heads, s.g);
+      block.unpack(block.out, out, s.g);
     }
   });
 }
@@ -372,16 +403,16 @@ void backward(const AttentionCall& call, const at::Tensor& dout, const at::Tenso
     const at::Tensor dscores = at::empty_like(block.scores);
     for (int64_t i = begin; i < end; ++i) {
       block.load(i);
-      pack<T>(dout, block.b, block.head, block.heads, s.g, dout_block);
+      block.pack(dout, dout_block, s.g);
       block.product(block.scores, block.q, block.k.transpose(1, 2));
       block.product(dscores, dout_block, block.v.transpose(1, 2));
       block.run_rows(dscores);
       block.product(block.v, block.scores.transpose(1, 2), dout_block);
-      unpack<T>(block.v, dv, block.b, block.head, block.heads, 1);
+      block.unpack(block.v, dv, 1);
       block.product(block.out, dscores, block.k);
-      unpack<T>(block.out, dq, block.b, block.head, block.heads, s.g);
+      block.unpack(block.out, dq, s.g);
       block.product(block.k, dscores.transpose(1, 2), block.q);
-      unpack<T>(block.k, dk, block.b, block.head, block.heads, 1);
+      block.unpack(block.k, dk, 1);
     }
   });
 }

@@ -91,10 +91,10 @@ AttentionCall attention_call(const at::Tensor& query, const at::Tensor& key,
                      "attention: expected a mask of ", type, " or float32, found ",
                      mask->scalar_type());
     // The last dimension first and alone: what is broadcast over rows need not be copied for each.
-    std::vector<int64_t> sizes = mask->sizes().vec();
-    if (sizes.empty()) sizes = {1};
+    const at::Tensor rows = mask->dim() == 0 ? mask->reshape({1}) : *mask;
+    std::vector<int64_t> sizes = rows.sizes().vec();
     sizes.back() = key.size(2);
-    call.mask = unit_width(mask->expand(sizes))
+    call.mask = unit_width(rows.expand(sizes))
                     .expand({query.size(0), query.size(1), query.size(2), key.size(2)});
   }
   call.scale = static_cast<float>(scale);

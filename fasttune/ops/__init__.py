@@ -3,7 +3,7 @@
 from fasttune.ops.attention import attention
 from fasttune.ops.cross_entropy import cross_entropy
 from fasttune.ops.dropout import dropout
-from fasttune.ops.library import Backend, backend, build_info
+from fasttune.ops.library import Backend, backend, build_info, forget_uses, used
 from fasttune.ops.linear_cross_entropy import linear_cross_entropy
 from fasttune.ops.lora_linear import lora_linear
 
@@ -14,6 +14,8 @@ __all__ = [
     "build_info",
     "cross_entropy",
     "dropout",
+    "forget_uses",
     "linear_cross_entropy",
     "lora_linear",
+    "used",
 ]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fasttune.ops.dropout import check_p, draw_seed, dropout_reference
-from fasttune.ops.library import LIBRARY, OPS, Op
+from fasttune.ops.library import LIBRARY, OPS, Op, record_use
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -52,6 +52,7 @@ def attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     _check(query, key, value, mask)
+    record_use("attention", query)
     p = dropout if training else 0.0
     seed = draw_seed() if p > 0 else None
     run = attention_reference if _refuses(query) else torch.ops.fasttune.attention

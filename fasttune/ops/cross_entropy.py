@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fasttune.ops.library import LIBRARY, OPS, Op, warn_of_reference
+from fasttune.ops.library import LIBRARY, OPS, Op, record_use, warn_of_reference
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -70,6 +70,7 @@ def cross_entropy(
     row whose label is out of range, and the range.
     """
     _check(logits, target, weight, label_smoothing, softcap, z_loss, reduction, divisor)
+    record_use("cross_entropy", logits)
     lead = target.shape
     target = target.to(torch.int64).reshape(-1)
     flat = logits.reshape(lead.numel(), logits.shape[-1])

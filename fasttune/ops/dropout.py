@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasttune.ops.library import LIBRARY, OPS, Op, warn_of_reference
+from fasttune.ops.library import LIBRARY, OPS, Op, record_use, warn_of_reference
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -43,6 +43,7 @@ def dropout(x: Tensor, p: float, *, training: bool) -> Tensor:
         return x
     if x.dtype not in DTYPES:
         raise TypeError(f"x: expected float64, float32, float16 or bfloat16, found {x.dtype}")
+    record_use("dropout", x)
     return torch.ops.fasttune.dropout_seeded(x, p, draw_seed())
 
 

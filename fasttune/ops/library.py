@@ -93,6 +93,26 @@ def backend(op: str, *tensors: Tensor | None) -> Backend:
     return Backend(device, f"{known.does} ({_C.build_info()['cpu'] if device == 'cpu' else device})")
 
 
+_uses: dict[tuple[str, torch.device, torch.dtype], Backend] = {}
+
+
+def record_use(op: str, *tensors: Tensor) -> None:
+    """Called by a public op, for `used`. Compiled code is not recorded."""
+    key = (op, tensors[0].device, tensors[0].dtype)
+    if not torch.compiler.is_compiling() and key not in _uses:
+        _uses[key] = backend(op, *tensors)
+
+
+def used() -> dict[str, Backend]:
+    """Who ran each op in this process until now, by op and type: {"dropout, bfloat16": Backend}."""
+    return {f"{op}, {str(dtype).removeprefix('torch.')}": backend for (op, _, dtype), backend in _uses.items()}
+
+
+def forget_uses() -> None:
+    """Lets `used` begin anew."""
+    _uses.clear()
+
+
 def has_kernel(kernel: str, device: str) -> bool:
     """Whether a compiled kernel of the op `fasttune::<kernel>` is registered for this device type."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)

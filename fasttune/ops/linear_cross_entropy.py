@@ -24,7 +24,7 @@ from fasttune.ops.cross_entropy import (
     divided,
     refuses,
 )
-from fasttune.ops.library import LIBRARY, OPS, Op, has_kernel
+from fasttune.ops.library import LIBRARY, OPS, Op, has_kernel, record_use
 
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**29}
 """Logits a chunk has by default: small enough to matter little beside the model, large enough for the GEMMs."""
@@ -87,6 +87,7 @@ def linear_cross_entropy(
         bias = None if bias is None else bias.to(dtype)
     _check(hidden, weight, bias, target, class_weight, shift, chunk_bytes)
     check_options(target, label_smoothing, softcap, z_loss, reduction, divisor)
+    record_use("linear_cross_entropy", hidden, weight)
     lead, classes = target.shape, weight.shape[0]
     target = target.to(torch.int64)
     target = (shifted(target, ignore_index) if shift else target).reshape(-1)

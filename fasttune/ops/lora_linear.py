@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fasttune.ops.dropout import DTYPES, check_p, draw_seed
-from fasttune.ops.library import LIBRARY, OPS, Op
+from fasttune.ops.library import LIBRARY, OPS, Op, record_use
 
 ops = torch.ops.fasttune
 
@@ -52,6 +52,7 @@ def lora_linear(
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     _check(x, weight, bias, lora_a, lora_b)
+    record_use("lora_linear", x, weight)
     p = dropout if training else 0.0
     seed = draw_seed() if p > 0 else None
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
