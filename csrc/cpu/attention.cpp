@@ -120,9 +120,7 @@ template <typename T>
 struct Rows {
   int64_t first, units;  // of the block
   T* scores;             // raw on entry; the dropped weights afterwards
-  T* dweights;   // null in the forward; the gradient of the dropped weights, then of the raw scores
-  const T* out;  // of the forward, and its gradient: their product is the softmax's correction
-  const T* dout;
+  T* dweights;  // null in the forward; the gradient of the dropped weights, then of the raw scores
   const char* mask;  // added to the scaled scores, or null: float or T, strides in bytes
   float* mask_row;   // [padded keys]: the mask of one row, 0 without one; -inf in the padding
   int64_t mask_batch, mask_head, mask_query;
@@ -130,7 +128,7 @@ struct Rows {
   const uint16_t* kept;  // bit `skip` is the block's first element; null without dropout
   int64_t skip;
   float scale, keep_scale;  // of the scores; 1 / (1 - p)
-  float* wide;              // [padded keys]
+  float *wide, *incoming;   // [padded keys] each, one row's
   float* stats;  // [heads x queries, 2]: the maximum, and 1 / sum of exp(score - maximum)
 };
 
@@ -189,31 +187,30 @@ struct RowKernel {
     }
   }
 
-  FASTTUNE_INLINE float dot(const T* a, const T* b, int64_t n) const {
-    F sum[kParts] = {};
-    int64_t j = 0;
-    for (; j + kGroup <= n; j += kGroup) {
+  // w: weight, m: mask / (1 - p), dw: the gradient of m w. That of a raw score is
+  // scale w (m dw - sum over the row of w m dw). The sum is also the row's out . dout, but only by
+  // its own rounded terms does the difference vanish where one weight is nearly 1.
+  FASTTUNE_INLINE void softmax_backward(T* scores, T* dweights, int64_t bit,
+                                        const float* stats) const {
+    F sums[kParts] = {};
+    for (int64_t j = 0; j < s.k; j += kGroup) {
       for (int p = 0; p < kParts; ++p) {
-        sum[p] += V::load(a + j + p * kWidth) * V::load(b + j + p * kWidth);
+        const int64_t at = j + p * kWidth;
+        const F weight = V::exp(score(scores, at) - stats[0]) * stats[1];
+        F dropped = weight, incoming = V::load(dweights + at);
+        if (rows.kept != nullptr) {
+          dropped = where_kept(bit + at, weight * rows.keep_scale);
+          incoming = where_kept(bit + at, incoming * rows.keep_scale);
+        }
+        sums[p] += weight * incoming;
+        V::store(scores + at, dropped);
+        V::store(rows.wide + at, weight);
+        V::store(rows.incoming + at, incoming);
       }
     }
-    float result = V::sum(sum);
-    for (; j < n; ++j) result += static_cast<float>(a[j]) * static_cast<float>(b[j]);
-    return result;
-  }
-
-  // w: weight, m: mask / (1 - p), dw: the gradient of m w. That of a raw score is
-  // scale w (m dw - sum over the row of m w dw), and the sum is the row's out . dout.
-  FASTTUNE_INLINE void softmax_backward(T* scores, T* dweights, int64_t bit, const float* stats,
-                                        float sum) const {
+    const float sum = V::sum(sums);
     for (int64_t j = 0; j < s.k; j += kWidth) {
-      const F weight = V::exp(score(scores, j) - stats[0]) * stats[1];
-      F dropped = weight, incoming = V::load(dweights + j);
-      if (rows.kept != nullptr) {
-        dropped = where_kept(bit + j, weight * rows.keep_scale);
-        incoming = where_kept(bit + j, incoming * rows.keep_scale);
-      }
-      V::store(scores + j, dropped);
+      const F weight = V::load(rows.wide + j), incoming = V::load(rows.incoming + j);
       V::store(dweights + j, weight * rows.scale * (incoming - sum));
     }
   }
@@ -244,8 +241,7 @@ struct RowKernel {
         if (rows.dweights == nullptr) {
           softmax(scores, bit, stats);
         } else {
-          softmax_backward(scores, rows.dweights + at * s.padded_keys(), bit, stats,
-                           dot(rows.out + at * s.d, rows.dout + at * s.d, s.d));
+          softmax_backward(scores, rows.dweights + at * s.padded_keys(), bit, stats);
         }
       }
     }
@@ -296,7 +292,7 @@ struct Block {
   const Blocks blocks;
   at::Tensor q, k, v, out, scores;
   std::vector<uint16_t> bits;
-  std::vector<float> wide, mask_row;
+  std::vector<float> wide, incoming, mask_row;
   const AllRows<T> kernel = all_rows_here<T>();
   int64_t first = 0, units = 0;
 
@@ -305,6 +301,7 @@ struct Block {
         s(shape),
         blocks(all_blocks),
         wide(s.padded_keys()),
+        incoming(s.padded_keys()),
         mask_row(s.padded_keys()) {
     std::fill(mask_row.begin() + s.k, mask_row.end(), -INFINITY);
     q = buffer(s.padded_rows(), s.d);
@@ -345,7 +342,7 @@ struct Block {
     }
   }
 
-  void run_rows(const at::Tensor& dweights, const at::Tensor& dout) {
+  void run_rows(const at::Tensor& dweights) {
     const int64_t first_row = first * s.rows();
     Rows<T> rows{};
     rows.first = first;
@@ -353,14 +350,11 @@ struct Block {
     rows.scores = scores.mutable_data_ptr<T>();
     rows.stats = call.stats.mutable_data_ptr<float>() + 2 * first_row;
     rows.wide = wide.data();
+    rows.incoming = incoming.data();
     rows.mask_row = mask_row.data();
     rows.scale = call.scale;
     rows.keep_scale = 1.0f;
-    if (dweights.defined()) {
-      rows.dweights = dweights.mutable_data_ptr<T>();
-      rows.out = out.const_data_ptr<T>();
-      rows.dout = dout.const_data_ptr<T>();
-    }
+    if (dweights.defined()) rows.dweights = dweights.mutable_data_ptr<T>();
     if (call.mask.defined()) {
       const int64_t item = static_cast<int64_t>(call.mask.element_size());
       rows.mask = static_cast<const char*>(call.mask.const_data_ptr());
@@ -390,7 +384,7 @@ void forward(const AttentionCall& call, const at::Tensor& out) {
     for (int64_t i = begin; i < end; ++i) {
       block.load(i);
       block.product(block.scores, block.q, block.k.transpose(1, 2));
-      block.run_rows({}, {});
+      block.run_rows({});
       block.product(block.out, block.scores, block.v);
       block.unpack(block.out, out, s.g);
     }
@@ -398,8 +392,8 @@ void forward(const AttentionCall& call, const at::Tensor& out) {
 }
 
 template <typename T>
-void backward(const AttentionCall& call, const at::Tensor& out, const at::Tensor& dout,
-              const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& dv) {
+void backward(const AttentionCall& call, const at::Tensor& dout, const at::Tensor& dq,
+              const at::Tensor& dk, const at::Tensor& dv) {
   const Shape s = shape_of(call.query, call.key);
   const Blocks blocks = blocks_of(s, sizeof(T));
   at::parallel_for(0, blocks.count, 1, [&](int64_t begin, int64_t end) {
@@ -409,11 +403,10 @@ void backward(const AttentionCall& call, const at::Tensor& out, const at::Tensor
     const at::Tensor dscores = at::empty_like(block.scores);
     for (int64_t i = begin; i < end; ++i) {
       block.load(i);
-      block.pack(out, block.out, s.g);
       block.pack(dout, dout_block, s.g);
       block.product(block.scores, block.q, block.k.transpose(1, 2));
       block.product(dscores, dout_block, block.v.transpose(1, 2));
-      block.run_rows(dscores, dout_block);
+      block.run_rows(dscores);
       block.product(block.v, block.scores.transpose(1, 2), dout_block);
       block.unpack(block.v, dv, 1);
       block.product(block.out, dscores, block.k);
@@ -431,10 +424,10 @@ void attention(const AttentionCall& call, const at::Tensor& out) {
                                          : forward<c10::BFloat16>(call, out);
 }
 
-void attention_backward(const AttentionCall& call, const at::Tensor& out, const at::Tensor& dout,
-                        const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& dv) {
-  call.query.scalar_type() == at::kFloat ? backward<float>(call, out, dout, dq, dk, dv)
-                                         : backward<c10::BFloat16>(call, out, dout, dq, dk, dv);
+void attention_backward(const AttentionCall& call, const at::Tensor& dout, const at::Tensor& dq,
+                        const at::Tensor& dk, const at::Tensor& dv) {
+  call.query.scalar_type() == at::kFloat ? backward<float>(call, dout, dq, dk, dv)
+                                         : backward<c10::BFloat16>(call, dout, dq, dk, dv);
 }
 
 }  // namespace fasttune::cpu

@@ -91,10 +91,10 @@ AttentionCall attention_call(const at::Tensor& query, const at::Tensor& key,
                      "attention: expected a mask of ", type, " or float32, found ",
                      mask->scalar_type());
     // The last dimension first and alone: what is broadcast over rows need not be copied for each.
-    std::vector<int64_t> sizes = mask->sizes().vec();
-    if (sizes.empty()) sizes = {1};
+    const at::Tensor rows = mask->dim() == 0 ? mask->reshape({1}) : *mask;
+    std::vector<int64_t> sizes = rows.sizes().vec();
     sizes.back() = key.size(2);
-    call.mask = unit_width(mask->expand(sizes))
+    call.mask = unit_width(rows.expand(sizes))
                     .expand({query.size(0), query.size(1), query.size(2), key.size(2)});
   }
   call.scale = static_cast<float>(scale);
@@ -128,16 +128,19 @@ std::tuple<at::Tensor, at::Tensor> bound_attention(const at::Tensor& query, cons
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> bound_attention_backward(
     const at::Tensor& dout, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-    const std::optional<at::Tensor>& mask, const at::Tensor& out, const at::Tensor& stats,
-    double scale, double p, const std::optional<at::Tensor>& seed) {
+    const std::optional<at::Tensor>& mask, const at::Tensor& stats, double scale, double p,
+    const std::optional<at::Tensor>& seed) {
   AttentionCall call = attention_call(query, key, value, mask, scale, p, seed);
   call.stats = stats.contiguous();
-  TORCH_CHECK_VALUE(dout.sizes() == out.sizes() && dout.scalar_type() == query.scalar_type(),
-                    "attention_backward: dout ", dout.sizes(), " does not fit out ", out.sizes());
+  TORCH_CHECK_VALUE(dout.sizes() == query.transpose(1, 2).sizes() &&
+                        dout.scalar_type() == query.scalar_type() &&
+                        stats.numel() == 2 * query.size(0) * query.size(1) * query.size(2) &&
+                        stats.scalar_type() == at::kFloat,
+                    "attention_backward: dout ", dout.sizes(), " or stats ", stats.sizes(),
+                    " does not fit query ", query.sizes());
   const at::Tensor dq = heads_side_by_side(query), dk = heads_side_by_side(key);
   const at::Tensor dv = heads_side_by_side(value);
-  attention_backward(call, unit_width(out).transpose(1, 2), unit_width(dout).transpose(1, 2), dq,
-                     dk, dv);
+  attention_backward(call, unit_width(dout).transpose(1, 2), dq, dk, dv);
   return {dq, dk, dv};
 }
 

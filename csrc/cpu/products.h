@@ -24,9 +24,9 @@ struct AttentionCall {
 // out: [b, heads, q, d] of any strides but a unit one in d. Writes call.stats too.
 void attention(const AttentionCall& call, const at::Tensor& out);
 
-// dq, dk, dv: like query, key, value. dout: unit stride in d. Reads call.stats.
-void attention_backward(const AttentionCall& call, const at::Tensor& out, const at::Tensor& dout,
-                        const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& dv);
+// dq, dk, dv: like query, key, value. dout: like out. Reads call.stats.
+void attention_backward(const AttentionCall& call, const at::Tensor& dout, const at::Tensor& dq,
+                        const at::Tensor& dk, const at::Tensor& dv);
 
 // x: [rows, in], contiguous. dlow: [rows, r]. a: [r, in]. dx: [rows, in], contiguous, or undefined;
 // all of one type. `dropout` names mask and type; its tensors are not used. dx += mask o (dlow a) /

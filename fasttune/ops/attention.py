@@ -4,10 +4,11 @@ b: batch rows. h: query heads. g: query heads that share one key head, so h/g ke
 q, k as dimensions: queries, keys.
 
 Forward    W [b, h, q, k] = softmax(Q Kᵀ · scale + mask),  O [b, q, h, d] = drop(W) V
-Backward   dV = drop(W)ᵀ dO,  dW = drop(dO Vᵀ),  dS = scale · W ∘ (dW - rowsum(O ∘ dO)),  dQ = dS K,  dK = dSᵀ Q
+Backward   dV = drop(W)ᵀ dO,  dW = drop(dO Vᵀ),  dS = scale · W ∘ (dW - rowsum(W ∘ dW)),  dQ = dS K,  dK = dSᵀ Q
 
-Saved are Q, K, V, O, the seed and two numbers a row of scores; W is computed again (Dao et al., FlashAttention,
-2022). The mask of the dropout is that of `fasttune.ops.dropout` on W.
+Saved are Q, K, V, the seed and two numbers a row of scores; W is computed again (Dao et al., FlashAttention, 2022;
+there rowsum(W ∘ dW) is taken from O ∘ dO, whose other roundings don't cancel where one weight is nearly 1). The
+mask of the dropout is that of `fasttune.ops.dropout` on W.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def attention(
     softmax and its dropout are computed in float32 (float64 for float64). A row of scores that is all -inf gives
     NaN, as torch.softmax does. Under autocast query, key and value are taken to its dtype first; the mask is not,
     since float32's lowest number is -inf in bfloat16. Differentiating the backward raises NotImplementedError.
+    Other dtypes than float32 and bfloat16 run the reference as it stands, and autograd keeps its scores.
 
     Raises ValueError naming the argument, the shape or dtype expected and the one found.
     """
@@ -53,7 +55,8 @@ def attention(
     record_use("attention", query)
     p = dropout if training else 0.0
     seed = draw_seed() if p > 0 else None
-    out, _ = torch.ops.fasttune.attention(query, key, value, mask, scale, p, seed)
+    run = attention_reference if _refuses(query) else torch.ops.fasttune.attention
+    out, _ = run(query, key, value, mask, scale, p, seed)
     return out
 
 
@@ -114,13 +117,12 @@ def attention_backward_reference(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    out: Tensor,
     stats: Tensor,
     scale: float,
     p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """dout, out: [b, q, h, d]. Returns the gradients of query, key and value, of their shapes, over memory in which
+    """dout: [b, q, h, d]. Returns the gradients of query, key and value, of their shapes, over memory in which
     the heads of a position lie side by side, as the layers before attention have them."""
     top, inverse = stats.split(1, dim=-1)
     weights = (_scores(query, key, mask, scale) - top).exp() * inverse
@@ -129,7 +131,7 @@ def attention_backward_reference(
     dropped = weights
     if seed is not None:
         dropped, dweights = dropout_reference(weights, p, seed), dropout_reference(dweights, p, seed)
-    correction = (out.to(weights.dtype) * dout.to(weights.dtype)).sum(-1).transpose(1, 2).unsqueeze(-1)
+    correction = (weights * dweights).sum(-1, keepdim=True)
     dscores = (scale * weights * (dweights - correction)).to(query.dtype)
     dquery = torch.matmul(dscores, _shared(key, query))
     dkey = torch.matmul(dscores.transpose(2, 3), query)
@@ -145,7 +147,7 @@ LIBRARY.define(
     " -> (Tensor, Tensor)"
 )
 LIBRARY.define(
-    "attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor out,"
+    "attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor? mask,"
     " Tensor stats, float scale, float p, Tensor? seed) -> (Tensor, Tensor, Tensor)"
 )
 LIBRARY.impl("attention", attention_reference, "CompositeExplicitAutograd")
@@ -160,25 +162,23 @@ def _(query, key, value, mask, scale, p, seed):
 
 
 @torch.library.register_fake("fasttune::attention_backward", lib=LIBRARY)
-def _(dout, query, key, value, mask, out, stats, scale, p, seed):
+def _(dout, query, key, value, mask, stats, scale, p, seed):
     return tuple(of.new_empty(of.transpose(1, 2).shape).transpose(1, 2) for of in (query, key, value))
 
 
 def _setup(ctx, inputs, output) -> None:
     query, key, value, mask, ctx.scale, ctx.p, seed = inputs
-    out, stats = output
+    _, stats = output
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, mask, out, stats, seed)
+    ctx.save_for_backward(query, key, value, mask, stats, seed)
 
 
 def _backward(ctx, dout: Tensor | None, _):
     if dout is None:
         return (None,) * 7
-    query, key, value, mask, out, stats, seed = ctx.saved_tensors
-    gradients = torch.ops.fasttune.attention_backward(
-        dout, query, key, value, mask, out, stats, ctx.scale, ctx.p, seed
-    )
+    query, key, value, mask, stats, seed = ctx.saved_tensors
+    gradients = torch.ops.fasttune.attention_backward(dout, query, key, value, mask, stats, ctx.scale, ctx.p, seed)
     return *gradients, None, None, None, None
 
 
