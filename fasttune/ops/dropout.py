@@ -146,6 +146,8 @@ torch.library.register_autograd("fasttune::dropout_seeded", _backward, setup_con
 
 
 def _refuses(x: Tensor | None = None) -> str | None:
+    if x is not None and x.dtype not in DTYPES:
+        return f"dropout does not take {x.dtype}"
     return NO_DOUBLE if x is not None and x.is_cuda and x.dtype == torch.float64 else None
 
 
