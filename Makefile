@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 PLUGINS := $(wildcard plugins/*)
+BENCHES := $(filter-out bench/conftest.py bench/measure.py bench/train.py,$(wildcard bench/*.py))
 STAMP := $(VENV)/.setup
 export HF_HUB_OFFLINE := 1
 
@@ -31,5 +32,6 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 
+# By name: pytest looks into no folder for files that are not called test_*.py.
 bench: setup
-	$(BIN)/python -m pytest -q bench --benchmark-enable
+	$(BIN)/python -m pytest -q --benchmark-enable --benchmark-quiet $(BENCHES)

@@ -97,7 +97,7 @@ def case(device: str, dtypes: tuple[str, str], size: tuple[int, int, int]) -> st
 
 
 @sized(SIZES)
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("dtypes", DTYPES, ids="-".join)
 def test_time(benchmark, dtypes, device, size):
     names = ("base alone", "floor", "fasttune", "peft", "torch", "torch compiled")
     calls = {name: prepare(name, device, dtypes, size) for name in names}
@@ -107,7 +107,7 @@ def test_time(benchmark, dtypes, device, size):
 
 
 @sized(SIZES)
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("dtypes", DTYPES, ids="-".join)
 @pytest.mark.parametrize("name", ["peft", *FUNCTIONS])
 def test_peak_memory(name, dtypes, device, size):
     rows, ins, outs = size

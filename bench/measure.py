@@ -30,7 +30,11 @@ def sized(sizes: Mapping[str, list[tuple[int, ...]]]) -> pytest.MarkDecorator:
     """Parametrizes a test by device and by the sizes that are meant for it."""
     cases = [("cpu", size) for size in sizes["cpu"]]
     gpu = [pytest.param("cuda", size, marks=pytest.mark.gpu) for size in sizes["cuda"]]
-    return pytest.mark.parametrize(("device", "size"), cases + gpu * torch.cuda.is_available(), ids=str)
+    return pytest.mark.parametrize(("device", "size"), cases + gpu * torch.cuda.is_available(), ids=_name)
+
+
+def _name(value: Any) -> str:
+    return value if isinstance(value, str) else "x".join(map(str, value))
 
 
 def keep_pages() -> None:
