@@ -1,7 +1,7 @@
 """Attention with a mask, forward and backward, with and without dropout on its weights, against PyTorch's forms.
 
-No floor: the products alone would be one, but no form of PyTorch runs them at one speed. GFLOP/s are of the six
-products that the gradients need; what computes scores again does more.
+The floor: the six products of forward and backward, with nothing between them. What computes scores again in the
+backward does a seventh.
 
 pytest bench/attention.py --benchmark-enable
 """
