@@ -11,13 +11,14 @@ from importlib.util import find_spec
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import DEVICES, Table, assert_close, keep_pages, peak_memory
+from measure import DTYPES, Table, keep_pages, peak_memory, sized
 from torch import Tensor
 
+from fasttune import contests
 from fasttune.ops import cross_entropy
 
 keep_pages()
-SHAPES = {"cpu": (1024, 32000), "cuda": (8192, 128256)}
+SIZES = {"cpu": [(1024, 32000)], "cuda": [(8192, 128256)]}  # rows, classes
 TABLE = Table("GB/s", floor="copy", base="torch")
 
 
@@ -29,28 +30,15 @@ class _Layer(torch.autograd.Function):
         return logits.detach()
 
 
-def fasttune(logits: Tensor, target: Tensor) -> Tensor:
-    return cross_entropy(logits, target)
-
-
 def fasttune_in_place(logits: Tensor, target: Tensor) -> Tensor:
     return cross_entropy(logits, target, inplace=True)
 
 
-def torch_(logits: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(logits, target)
-
-
-def torch_compiled(logits: Tensor, target: Tensor) -> Tensor:
-    return _compiled(logits, target)
-
-
-_compiled = torch.compile(F.cross_entropy)
 IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "fasttune": fasttune,
+    "fasttune": cross_entropy,
     "fasttune in place": fasttune_in_place,
-    "torch": torch_,
-    "torch compiled": torch_compiled,
+    "torch": F.cross_entropy,
+    "torch compiled": torch.compile(F.cross_entropy),
 }
 if torch.cuda.is_available() and find_spec("liger_kernel"):
     from liger_kernel.transformers.functional import liger_cross_entropy
@@ -58,54 +46,41 @@ if torch.cuda.is_available() and find_spec("liger_kernel"):
     IMPLEMENTATIONS["liger (in place)"] = lambda logits, target: liger_cross_entropy(logits, target)
 
 
-def prepare(name: str, device: str, dtype: str) -> Callable[[], object]:
+def prepare(name: str, device: str, dtype: str, size: tuple[int, int]) -> Callable[[], object]:
     """One step: the loss and the gradient of the logits. "copy": the floor."""
-    rows, classes = SHAPES[device]
-    kept = torch.randn(rows, classes, device=device).to(getattr(torch, dtype))
-    target = torch.randint(0, classes, (rows,), device=device)
+    contest = contests.cross_entropy(tuple(size), getattr(torch, dtype), device)
+    kept, target = (t.detach() for t in contest.arguments)
     if name == "copy":
         other = torch.empty_like(kept)
         return lambda: other.copy_(kept)
     weight, function = torch.ones((), requires_grad=True), IMPLEMENTATIONS[name]
 
-    def step() -> tuple[Tensor, Tensor]:
+    def step() -> tuple[Tensor, ...]:
         logits = _Layer.apply(weight, kept)
         loss = function(logits, target)
         return loss, *torch.autograd.grad(loss, logits)
 
+    contest.check(lambda p: step)
     return step
 
 
-def check(name: str, device: str, dtype: str) -> None:
-    torch.manual_seed(0)
-    step = prepare(name, device, dtype)
-    torch.manual_seed(0)
-    rows, classes = SHAPES[device]
-    logits = torch.randn(rows, classes, device=device).to(getattr(torch, dtype))
-    target = torch.randint(0, classes, (rows,), device=device)
-    logits, target = logits[:64].double().requires_grad_(), target[:64]
-    exact = torch.autograd.grad(F.cross_entropy(logits, target, reduction="sum") / rows, logits)[0]
-    assert_close(step()[1][:64], exact, 1e-5 if dtype == "float32" else 1e-2)
+def case(device: str, dtype: str, size: tuple[int, int]) -> str:
+    return f"cross entropy, {' x '.join(map(str, size))}, {dtype}, {device}"
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["copy", *IMPLEMENTATIONS])
-def test_time(benchmark, name, dtype, device):
-    if name != "copy":
-        check(name, device, dtype)
-    rows, classes = SHAPES[device]
-    moved = 2 * rows * classes * getattr(torch, dtype).itemsize
-    TABLE.time(benchmark, f"cross entropy, {rows} x {classes}, {dtype}, {device}", name,
-               prepare(name, device, dtype), work=moved)  # fmt: skip
+@sized(SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_time(benchmark, dtype, device, size):
+    calls = {name: prepare(name, device, dtype, size) for name in ("copy", *IMPLEMENTATIONS)}
+    moved = 2 * size[0] * size[1] * getattr(torch, dtype).itemsize
+    TABLE.race(benchmark, case(device, dtype, size), calls, work=moved)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@sized(SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_peak_memory(name, dtype, device):
-    rows, classes = SHAPES[device]
-    peak = peak_memory(__file__, "prepare", name, device, dtype, device=device)
+def test_peak_memory(name, dtype, device, size):
+    peak = peak_memory(__file__, "prepare", name, device, dtype, size, device=device)
     in_place = name == "fasttune in place" or name.startswith("liger")
-    gradients = 0 if in_place else rows * classes * getattr(torch, dtype).itemsize
-    TABLE.add(f"cross entropy, {rows} x {classes}, {dtype}, {device}", name, peak=peak, gradients=gradients)
+    gradients = 0 if in_place else size[0] * size[1] * getattr(torch, dtype).itemsize
+    TABLE.add(case(device, dtype, size), name, peak=peak, gradients=gradients)

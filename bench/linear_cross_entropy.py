@@ -11,13 +11,14 @@ from importlib.util import find_spec
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import DEVICES, Table, assert_close, keep_pages, peak_memory
+from measure import DTYPES, Table, keep_pages, peak_memory, sized
 from torch import Tensor
 
+from fasttune import contests
 from fasttune.ops import linear_cross_entropy
 
 keep_pages()
-SHAPES = {"cpu": (1024, 768, 32000), "cuda": (8192, 4096, 128256)}
+SIZES = {"cpu": [(1024, 768, 32000)], "cuda": [(8192, 4096, 128256)]}  # rows, features, classes
 TABLE = Table("GFLOP/s", floor="gemms", base="torch")
 
 
@@ -46,26 +47,13 @@ if torch.cuda.is_available() and find_spec("cut_cross_entropy"):
     IMPLEMENTATIONS["cut-cross-entropy"] = lambda hidden, weight, target: cut(hidden, weight, target)
 
 
-def inputs(device: str, dtype: str, head: str) -> tuple[Tensor, Tensor, Tensor]:
-    rows, features, classes = SHAPES[device]
-    torch.manual_seed(0)
-    hidden = torch.randn(rows, features, device=device).to(getattr(torch, dtype)).requires_grad_()
-    weight = (torch.randn(classes, features, device=device) / features**0.5).to(hidden.dtype)
-    return hidden, weight.requires_grad_(head == "trained"), torch.randint(0, classes, (rows,), device=device)
-
-
-def prepare(name: str, device: str, dtype: str, head: str) -> Callable[[], object]:
+def prepare(name: str, device: str, dtype: str, size: tuple[int, int, int], head: str) -> Callable[[], object]:
     """One step: the loss and the gradients of hidden and, if it is trained, of the head. "gemms": the floor."""
-    hidden, weight, target = inputs(device, dtype, head)
-    wanted = (hidden, weight) if head == "trained" else (hidden,)
+    contest = contests.linear_cross_entropy(tuple(size), getattr(torch, dtype), device, head == "trained")
     if name == "gemms":
-        return _gemms(hidden.detach(), weight.detach(), head)
-
-    def step() -> tuple[Tensor, ...]:
-        loss = IMPLEMENTATIONS[name](hidden, weight, target)
-        return loss, *torch.autograd.grad(loss, wanted)
-
-    return step
+        hidden, weight, _ = (t.detach() for t in contest.arguments)
+        return _gemms(hidden, weight, head)
+    return contest.checked(lambda hidden, weight, target, _: IMPLEMENTATIONS[name](hidden, weight, target))
 
 
 def _gemms(hidden: Tensor, weight: Tensor, head: str) -> Callable[[], object]:
@@ -81,42 +69,27 @@ def _gemms(hidden: Tensor, weight: Tensor, head: str) -> Callable[[], object]:
     return step
 
 
-def check(name: str, device: str, dtype: str, head: str) -> None:
-    """The gradient of 64 rows of hidden and, over all rows, of 64 classes of the head."""
-    hidden, weight, target = (x.detach() for x in inputs(device, dtype, head))
-    _, dhidden, *dweight = prepare(name, device, dtype, head)()
-    p = F.linear(hidden.float(), weight.float()).softmax(-1)
-    p[torch.arange(len(target)), target] -= 1
-    p /= len(target)
-    epsilon = 1e-4 if dtype == "float32" else 2e-2
-    assert_close(dhidden[:64], p[:64] @ weight.float(), epsilon)
-    if head == "trained":
-        assert_close(dweight[0][:64], p[:, :64].t() @ hidden.float(), epsilon)
+def case(device: str, dtype: str, size: tuple[int, int, int], head: str) -> str:
+    return f"linear + cross entropy, {' x '.join(map(str, size))}, {dtype}, head {head}, {device}"
 
 
-def case(device: str, dtype: str, head: str) -> str:
-    rows, features, classes = SHAPES[device]
-    return f"linear + cross entropy, {rows} x {features} x {classes}, {dtype}, head {head}, {device}"
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@sized(SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head", ["frozen", "trained"])
-@pytest.mark.parametrize("name", ["gemms", *IMPLEMENTATIONS])
-def test_time(benchmark, name, head, dtype, device):
-    if name != "gemms":
-        check(name, device, dtype, head)
-    rows, features, classes = SHAPES[device]
+def test_time(benchmark, head, dtype, device, size):
+    calls = {name: prepare(name, device, dtype, size, head) for name in ("gemms", *IMPLEMENTATIONS)}
+    rows, features, classes = size
     work = (3 if head == "trained" else 2) * 2 * rows * features * classes
-    TABLE.time(benchmark, case(device, dtype, head), name, prepare(name, device, dtype, head), work=work)
+    TABLE.race(benchmark, case(device, dtype, size, head), calls, work=work)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@sized(SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head", ["frozen", "trained"])
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_peak_memory(name, head, dtype, device):
-    rows, features, classes = SHAPES[device]
+def test_peak_memory(name, head, dtype, device, size):
+    rows, features, classes = size
     elements = rows * features + (classes * features if head == "trained" else 0)
-    peak = peak_memory(__file__, "prepare", name, device, dtype, head, device=device)
-    TABLE.add(case(device, dtype, head), name, peak=peak, gradients=elements * getattr(torch, dtype).itemsize)
+    peak = peak_memory(__file__, "prepare", name, device, dtype, size, head, device=device)
+    gradients = elements * getattr(torch, dtype).itemsize
+    TABLE.add(case(device, dtype, size, head), name, peak=peak, gradients=gradients)

@@ -8,21 +8,33 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
-import platform
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
+from fasttune.bench import Race, machine
+
+DTYPES = ["float32", "bfloat16"]
+SECONDS = 5.0  # of turns a table
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
+
+
+def sized(sizes: Mapping[str, list[tuple[int, ...]]]) -> pytest.MarkDecorator:
+    """Parametrizes a test by device and by the sizes that are meant for it."""
+    cases = [("cpu", size) for size in sizes["cpu"]]
+    gpu = [pytest.param("cuda", size, marks=pytest.mark.gpu) for size in sizes["cuda"]]
+    return pytest.mark.parametrize(("device", "size"), cases + gpu * torch.cuda.is_available(), ids=_name)
+
+
+def _name(value: Any) -> str:
+    return value if isinstance(value, str) else "x".join(map(str, value))
 
 
 def keep_pages() -> None:
@@ -74,17 +86,11 @@ def _status(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def assert_close(found: torch.Tensor, exact: torch.Tensor, epsilon: float) -> None:
-    """A benchmark of a wrong result is worth nothing: error in norm, relative."""
-    error = (found.double() - exact.double()).norm() / exact.double().norm()
-    assert error <= epsilon, f"relative error {error:.1e} > {epsilon:.1e}: not worth timing"
-
-
 @dataclass
 class Table:
     """Collects what the tests of a module measure; conftest.py prints it when they are through.
 
-    unit: of work a second: "GB/s" if `add` gets bytes, "GFLOP/s" if operations.
+    unit: of work a second: "GB/s" if `race` gets bytes, "GFLOP/s" if operations.
     floor: the name whose time the others' are divided by. base: the name whose time is divided by the others'.
     """
 
@@ -92,6 +98,7 @@ class Table:
     floor: str
     base: str
     cells: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    rounds: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         TABLES.append(self)
@@ -100,15 +107,23 @@ class Table:
         """figures: ms, work (bytes or operations a call), peak and gradients (bytes)."""
         self.cells.setdefault(case, {}).setdefault(name, {}).update(figures)
 
-    def time(self, benchmark: Any, case: str, name: str, call: Callable[[], Any], work: float = 0) -> None:
-        # Four calls first: an allocator that keeps pages has to get them once.
-        benchmark.pedantic(call, rounds=7, warmup_rounds=4)
-        if benchmark.stats is not None:
-            self.add(case, name, ms=benchmark.stats.stats.median * 1e3, work=work)
+    def race(self, benchmark: Any, case: str, calls: Mapping[str, Callable[[], Any]], work: float) -> None:
+        """Times the calls in turns. pytest-benchmark's own figure is a round of all of them; each one's median is
+        in its `extra_info`. With benchmarks disabled each is called, and nothing is noted."""
+        if not benchmark.enabled:
+            benchmark(lambda: [call() for call in calls.values()])
+            return
+        race = Race(calls)
+        self.rounds[case] = race.rounds(SECONDS)
+        benchmark.pedantic(race.round, rounds=self.rounds[case])
+        for name, seconds in race.medians().items():
+            self.add(case, name, ms=seconds * 1e3, work=work)
+            benchmark.extra_info[f"{name}, ms"] = seconds * 1e3
 
     def lines(self) -> Iterator[str]:
         for case, rows in self.cells.items():
-            yield f"{case}   (median of 5, {describe()})"
+            counted = f"median of {self.rounds[case]} rounds" if case in self.rounds else "memory only"
+            yield f"{case}   ({counted}, {machine()})"
             yield (
                 f"{'':28}{'ms':>9}{self.unit:>9}{'x ' + self.floor:>16}{self.base + ' /':>12}"
                 f"{'peak MB':>10}{'less grads':>12}"
@@ -130,22 +145,6 @@ class Table:
 
 
 TABLES: list[Table] = []
-
-
-def describe() -> str:
-    """The machine and the day, without which a figure means nothing."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {date.today()}"
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    name = next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
-
 
 if __name__ == "__main__":
     _child(*sys.argv[1:4])

@@ -205,6 +205,18 @@ def doctor() -> None:
 
 
 @main.command()
+@click.option("--op", "chosen", metavar="NAME", multiple=True, help="Only this one; repeatable. Default: all.")
+@click.option("--json", "file", metavar="FILE", type=click.Path(dir_okay=False), help="Write every figure here.")
+def bench(chosen: tuple[str, ...], file: str | None) -> None:
+    """The ops and a training step against stock PyTorch, on this machine; takes about a minute."""
+    from fasttune.bench import bench as run_bench
+
+    found = run_bench(chosen, click.echo)
+    if file is not None:
+        Path(file).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+@main.command()
 @click.argument("task", default="text-classification")
 @click.option("--output", metavar="DIR", help="Keep the run folders here.")
 def demo(task: str, output: str | None) -> None:
