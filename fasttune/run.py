@@ -9,7 +9,7 @@ import json
 import math
 import platform
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -106,6 +106,10 @@ class _Best:
     without_gain: int = 0
     seconds: float = 0.0
     pending: bool = False  # the checkpoint's step is due for an evaluation that was stopped
+    ops: dict[str, dict[str, str]] = field(default_factory=dict)  # who ran each, and why; of all processes
+
+    def note_ops(self) -> None:
+        self.ops = dict(sorted({**self.ops, **{op: vars(backend) for op, backend in used().items()}}.items()))
 
 
 class _Run:
@@ -327,6 +331,7 @@ class _Run:
         return -math.inf if value is None else value if self.metric.best == "max" else -value
 
     def _save(self, record: StepRecord) -> None:
+        self.best.note_ops()
         state = State(
             record.step,
             record.following,
@@ -351,8 +356,8 @@ class _Run:
         self._export(last, self.folder.last)
         model = load(self.folder.path)
         valid = plain(model.score(self.prepared.valid))
-        ops = {op: vars(backend) for op, backend in sorted(used().items())}
-        self.prepared.notes += [f"op {op}: by {by['name']}, {by['why']}" for op, by in ops.items()]
+        self.best.note_ops()
+        self.prepared.notes += [f"op {op}: by {by['name']}, {by['why']}" for op, by in self.best.ops.items()]
         steps, evaluations = read_records(self.folder.steps)
         seconds = sum(record["seconds"] for record in steps)
         metrics = {
@@ -369,7 +374,7 @@ class _Run:
             "truncated_train": self.prepared.train.truncated / len(self.prepared.train),
             "train_rows": self.prepared.train.usable_rows,
             "valid_rows": self.prepared.valid.usable_rows,
-            "ops": ops,
+            "ops": self.best.ops,
         }
         warnings = dangers(steps, evaluations)
         configs_text = configs.dump(self.config)
