@@ -1,11 +1,10 @@
-"""Strategies: what is trained, what is frozen, what is merged; attention and dropout on the instance."""
+"""Strategies: what is trained, what is frozen, what is merged; dropout on the instance."""
 
 import pytest
 import torch
 import transformers as hf
 from torch import nn
 
-from fasttune import attention
 from fasttune.adapt import (
     CounterDropout,
     LoRALinear,
@@ -164,46 +163,6 @@ def test_depths_count_from_the_head_down():
     assert depths["bert.encoder.layer.1.output.dense.weight"] == 1
     assert depths["bert.encoder.layer.0.output.dense.weight"] == 2
     assert depths["bert.embeddings.word_embeddings.weight"] == 3
-
-
-@pytest.mark.parametrize("kind", ["bert", "llama", "modernbert"])
-def test_plain_attention_gives_what_the_models_own_gives(kind):
-    """Masks, grouped queries and sliding windows included."""
-    common = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    common["intermediate_size"] = 48
-    special = {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
-    configs = {
-        "bert": lambda: hf.BertConfig(**common),
-        "llama": lambda: hf.LlamaConfig(num_key_value_heads=2, **common),
-        "modernbert": lambda: hf.ModernBertConfig(local_attention=4, **special, **common),
-    }
-    torch.manual_seed(4)
-    model = hf.AutoModel.from_config(configs[kind]()).eval()
-    batch = inputs()
-    expected = model(**batch).last_hidden_state
-    model.config._attn_implementation = "sdpa"
-    said = attention.choose(model, "auto", torch.bfloat16, torch.device("cpu"))
-    assert said.startswith("fasttune")
-    found = model(**batch).last_hidden_state
-    real = batch["attention_mask"].bool()
-    torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-5)
-
-
-def test_attention_with_terms_of_its_own_is_left_alone():
-    config = hf.Gemma2Config(
-        vocab_size=40,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        intermediate_size=48,
-    )
-    model = hf.AutoModel.from_config(config)
-    before = model.config._attn_implementation
-    said = attention.choose(model, "auto", torch.bfloat16, torch.device("cpu"))
-    assert said.startswith(before)
-    assert model.config._attn_implementation == before
 
 
 def test_native_precision_is_a_precision():

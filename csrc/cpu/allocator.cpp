@@ -34,7 +34,11 @@ class KeptMemory final : public c10::Allocator {
 
   c10::DataPtr allocate(size_t bytes) override {
     char* block = bytes < kLarge ? nullptr : take(bytes);
-    if (block == nullptr && bytes > 0) block = static_cast<char*>(small_->raw_allocate(bytes));
+    if (block != nullptr) {
+      c10::profiledCPUMemoryReporter().New(block, bytes);
+    } else if (bytes > 0) {  // too small, or too large for what is free; the other may throw
+      block = static_cast<char*>(small_->raw_allocate(bytes));
+    }
     return {block, block, &give_back, c10::Device(c10::DeviceType::CPU)};
   }
 
@@ -55,6 +59,8 @@ class KeptMemory final : public c10::Allocator {
 
  private:
   char* take(size_t bytes) {
+    if (bytes > static_cast<size_t>(end_ - base_))
+      return nullptr;  // or the rounding might overflow
     const size_t size = (bytes + kAlignment - 1) / kAlignment * kAlignment;
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto place = std::find_if(free_.begin(), free_.end(),
@@ -77,8 +83,10 @@ class KeptMemory final : public c10::Allocator {
       if (block != nullptr) small_->raw_deallocate(block);
       return;
     }
+    c10::profiledCPUMemoryReporter().Delete(block);
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto known = sizes_.find(block);
+    TORCH_CHECK(known != sizes_.end(), "fasttune: a block of memory is freed twice");
     size_t size = known->second;
     sizes_.erase(known);
     live_bytes_ -= static_cast<int64_t>(size);

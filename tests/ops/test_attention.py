@@ -52,7 +52,7 @@ def plain(query, key, value, mask=None, scale=0.4, p=0.0, seed=None):
     weights = (scores if mask is None else scores + mask.to(scores.dtype)).softmax(-1)
     if seed is not None:
         kept = mask_reference(weights.shape, p, seed)
-        weights = torch.where(kept, weights / (1 - p) if p < 1 else 0.0, 0.0)
+        weights = torch.where(kept, weights / (1 - p), 0)
     return (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2)
 
 

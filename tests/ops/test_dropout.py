@@ -119,13 +119,14 @@ def test_every_instruction_set_gives_the_same_bits():
 
 def test_threads_do_not_change_the_mask():
     x = torch.randn(507, 1230)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    before, results = torch.get_num_threads(), []
     try:
-        alone = dropout_seeded(x, 0.2, SEED)
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(dropout_seeded(x, 0.2, SEED))
     finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(alone, dropout_seeded(x, 0.2, SEED))
+        torch.set_num_threads(before)
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
