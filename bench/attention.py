@@ -12,11 +12,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from measure import DTYPES, Table, keep_pages, peak_memory, sized
+from measure import DTYPES, Table, peak_memory, sized
 
 from fasttune import contests
 
-keep_pages()
 SIZES = {  # batch, heads, length, width
     "cpu": [(32, 12, 96, 32), (32, 12, 98, 32), (32, 12, 96, 64), (8, 12, 256, 64), (2, 12, 1024, 64)],
     "cuda": [(8, 32, 2048, 64)],

@@ -11,13 +11,12 @@ from importlib.util import find_spec
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import DTYPES, Table, keep_pages, peak_memory, sized
+from measure import DTYPES, Table, peak_memory, sized
 from torch import Tensor
 
 from fasttune import contests
 from fasttune.ops import cross_entropy
 
-keep_pages()
 SIZES = {"cpu": [(1024, 32000)], "cuda": [(8192, 128256)]}  # rows, classes
 TABLE = Table("GB/s", floor="copy", base="torch")
 

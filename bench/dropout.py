@@ -10,11 +10,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import DTYPES, Table, keep_pages, peak_memory, sized
+from measure import DTYPES, Table, peak_memory, sized
 
 from fasttune import contests
 
-keep_pages()
 SIZES = {"cpu": [(2880, 384), (2880, 1536)], "cuda": [(16384, 4096)]}  # rows, features
 TABLE = Table("GB/s", floor="two copies", base="torch")
 IMPLEMENTATIONS = {

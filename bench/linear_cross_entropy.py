@@ -11,13 +11,12 @@ from importlib.util import find_spec
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import DTYPES, Table, keep_pages, peak_memory, sized
+from measure import DTYPES, Table, peak_memory, sized
 from torch import Tensor
 
 from fasttune import contests
 from fasttune.ops import linear_cross_entropy
 
-keep_pages()
 SIZES = {"cpu": [(1024, 768, 32000)], "cuda": [(8192, 4096, 128256)]}  # rows, features, classes
 TABLE = Table("GFLOP/s", floor="gemms", base="torch")
 

@@ -13,13 +13,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import Table, keep_pages, peak_memory, sized
+from measure import Table, peak_memory, sized
 from torch import Tensor, nn
 
 from fasttune import contests
 from fasttune.contests import LORA_DROPOUT, RANK, SCALE, Contest, Step
 
-keep_pages()
 SIZES = {  # rows, in, out
     "cpu": [(2880, ins, outs) for ins, outs in ((384, 384), (384, 1536), (1536, 384), (768, 768), (768, 3072))],
     "cuda": [(8192, 4096, 4096), (8192, 4096, 1024), (8192, 4096, 14336), (8192, 14336, 4096)],

@@ -1,4 +1,4 @@
-"""What the benchmarks of single operations share: peak memory, the allocator's cure, and a table of ratios.
+"""What the benchmarks of single operations share: peak memory, and a table of ratios.
 
 As a program it is the child of `peak_memory`: measure.py FILE FUNCTION [JSON ARGUMENTS].
 """
@@ -23,7 +23,7 @@ from fasttune.bench import Race, machine
 
 DTYPES = ["float32", "bfloat16"]
 SECONDS = 5.0  # of turns a table
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
+M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def sized(sizes: Mapping[str, list[tuple[int, ...]]]) -> pytest.MarkDecorator:
@@ -35,17 +35,6 @@ def sized(sizes: Mapping[str, list[tuple[int, ...]]]) -> pytest.MarkDecorator:
 
 def _name(value: Any) -> str:
     return value if isinstance(value, str) else "x".join(map(str, value))
-
-
-def keep_pages() -> None:
-    """From now on glibc keeps freed memory instead of giving its pages back and faulting them in again.
-
-    For every contestant of a run, or for none: without it PyTorch's own ops, which allocate more, look worse.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for option, value in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
-            mallopt(option, value)
 
 
 def peak_memory(file: str, function: str, *arguments: Any, device: str = "cpu") -> int:
