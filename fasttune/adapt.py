@@ -229,8 +229,10 @@ def adapt(
 
 
 def _is_trained(name: str, bundle: Bundle, strategy: Strategy) -> bool:
-    if isinstance(strategy, Full) or _in_head(name, bundle):
+    if isinstance(strategy, Full):
         return True
+    if _in_head(name, bundle):
+        return bundle.head_is_new or isinstance(strategy, Head)
     return isinstance(strategy, Lora) and name.rpartition(".")[2] in ("lora_a", "lora_b")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch import Tensor
 from fasttune.data import Encoded
 from fasttune.errors import DataError
 from fasttune.task import Sample
+
+Pack = Callable[[list[Sample]], list[Sample]]
 
 _FEWEST = 4  # samples that a micro-batch is cut down to at most, to save padding
 _MOST_PADDING = 0.1
@@ -77,15 +79,21 @@ def collate(samples: Sequence[Sample], padding: Mapping[str, float]) -> dict[str
 
 
 class Loader:
-    """Micro-batches of encoded samples, along a plan; decoded in `workers` processes if there are any."""
+    """Micro-batches of encoded samples, along a plan; decoded in `workers` processes if there are any.
 
-    def __init__(self, encoded: Encoded, padding: Mapping[str, float], workers: int = 0):
-        self.encoded, self.padding, self.workers = encoded, padding, workers
+    pack: puts the samples of a micro-batch together (`Task.pack`), or None.
+    """
+
+    def __init__(self, encoded: Encoded, padding: Mapping[str, float], workers: int = 0, pack: Pack | None = None):
+        self.encoded, self.padding, self.workers, self.pack = encoded, padding, workers, pack
 
     def load(self, samples: list[int]) -> MicroBatch:
-        costs = [self.encoded.costs[i] for i in samples]
-        tensors = collate([self.encoded[i] for i in samples], self.padding)
-        return MicroBatch(tensors, samples, sum(costs), max(costs) * len(costs))
+        cost = sum(self.encoded.costs[i] for i in samples)
+        found = [self.encoded[i] for i in samples]
+        if self.pack:
+            found = self.pack(found)
+        padded_cost = max(sample.cost for sample in found) * len(found)
+        return MicroBatch(collate(found, self.padding), samples, cost, padded_cost)
 
     def along(self, plan: Sequence[list[int]]) -> Iterator[MicroBatch]:
         if self.workers == 0 or self.encoded.keep:
@@ -137,7 +145,10 @@ class Batches:
             plan = self.plan(epoch)[start:]
             costs = self.loader.encoded.costs
             cuts = [cut(batch, self.accumulation) for batch in plan]
-            pieces = [[tight for piece in batch for tight in tighten(piece, costs)] for batch in cuts]
+            if self.loader.pack:
+                pieces = cuts
+            else:
+                pieces = [[tight for piece in batch for tight in tighten(piece, costs)] for batch in cuts]
             loaded = self.loader.along([piece for batch in pieces for piece in batch])
             for index, batch in enumerate(pieces, start=start + 1):
                 following = Position(epoch, index) if index < self.per_epoch else Position(epoch + 1, 0)

@@ -31,7 +31,9 @@ def check(config: RunConfig, remote_code: str | None = None) -> dict[str, Any]:
     config = configs.resolve_rates(config, width_of(prepared.bundle))
     unit = UNITS[media_kind(prepared.task.columns)]
     costs = prepared.train.costs
-    batches = Batches(Loader(prepared.train, prepared.bundle.padding), config.train.batch, 1, config.train.seed)
+    pack = prepared.task.pack if prepared.task.packs else None
+    loader = Loader(prepared.train, prepared.bundle.padding, pack=pack)
+    batches = Batches(loader, config.train.batch, 1, config.train.seed)
     steps = config.train.total_steps(batches.per_epoch)
     adapted = adapt_bundle(config, prepared.bundle, device)
     trained = sum(parameter.numel() for parameter in adapted.trained.values())
@@ -60,6 +62,9 @@ def _padding(costs: list[int], config: RunConfig) -> float:
 def _describe(encoded: Encoded, index: int) -> str:
     """A sample as the loss sees it: text decoded back from its tokens, the supervised values, shapes."""
     sample = encoded[index]
+    number = encoded.rows.number(encoded.owner[index])
+    if shown := encoded.task.show(sample, encoded.bundle):
+        return f"row {number}: {shown}"
     tokenizer = getattr(encoded.bundle.processor, "tokenizer", encoded.bundle.processor)
     parts = []
     for name, array in sample.tensors.items():
@@ -69,7 +74,7 @@ def _describe(encoded: Encoded, index: int) -> str:
             parts.append(f"{name} {array.tolist()}")
         else:
             parts.append(f"{name} {list(array.shape)} {array.dtype}")
-    return f"row {encoded.rows.number(encoded.owner[index])}: " + "; ".join(parts)
+    return f"row {number}: " + "; ".join(parts)
 
 
 def _forecast(adapted: Adapted, batches: Batches, task: Task, accumulation: int) -> str:

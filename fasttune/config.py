@@ -191,6 +191,10 @@ class Eval(Section):
     """Optimizer steps between two evaluations. Default: once an epoch."""
     batch: int | None = Field(None, ge=1)
     """Rows a batch. Default: twice the rows of a training micro-batch."""
+    max_rows: int | None = Field(None, ge=1)
+    """Evaluate on at most this many rows of valid, spread evenly: generation is slow. Default: all."""
+    samples: int = Field(3, ge=0)
+    """Rows of valid whose predictions the report shows."""
     patience: int | None = Field(None, ge=1)
     """Stop after this many evaluations without a better primary metric. Default: never."""
 

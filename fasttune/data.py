@@ -126,7 +126,8 @@ def _quotas(sizes: Mapping[str, int], share: float) -> dict[str, int]:
 class Encoded:
     """Samples of rows. Text is encoded once and kept; images and audio are decoded anew for each use.
 
-    owner: int64 [samples], the position of each sample's row. costs: int64 [samples]. truncated: samples cut.
+    owner: int64 [samples], the position of each sample's row. costs: int64 [samples]. truncated: samples cut, by
+    the role of the column that was cut; "" where a task names none.
     """
 
     def __init__(self, rows: Rows, task: Task, bundle: Bundle, train: bool):
@@ -135,7 +136,7 @@ class Encoded:
         self.bad: list[BadRow] = []
         self.owner: list[int] = []
         self.costs: list[int] = []
-        self.truncated = 0
+        self.truncated: Counter[str] = Counter()
         self._part: list[int] = []
         self._kept: list[Sample] = []
 
@@ -151,7 +152,8 @@ class Encoded:
                 self.owner.append(position)
                 self._part.append(part)
                 self.costs.append(sample.cost)
-                self.truncated += sample.truncated > 0
+                cut = sample.truncated if isinstance(sample.truncated, Mapping) else {"": sample.truncated}
+                self.truncated.update(role for role, units in cut.items() if units > 0)
                 if self.keep:
                     self._kept.append(_compact(sample))
             if progress and position % 64 == 0:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from fasttune.batching import Loader, MicroBatch, plan_in_order_of_cost, to_device
+from fasttune.data import Encoded
 from fasttune.task import Bundle, Task
 
 Before = Callable[[MicroBatch], None]
 
 
 def _batches(
-    loader: Loader, batch: int, bundle: Bundle, before: Before | None
+    loader: Loader, batch: int, bundle: Bundle, before: Before | None, samples: list[int] | None = None
 ) -> Iterator[tuple[MicroBatch, dict]]:
     device = next(bundle.model.parameters()).device
     bundle.model.eval()
-    for micro in loader.along(plan_in_order_of_cost(loader.encoded.costs, batch)):
+    chosen = np.arange(len(loader.encoded)) if samples is None else np.asarray(samples)
+    costs = np.asarray(loader.encoded.costs)[chosen].tolist()
+    plan = [chosen[batch].tolist() for batch in plan_in_order_of_cost(costs, batch)]
+    for micro in loader.along(plan):
         if before:
             before(micro)
         yield micro, to_device(micro.tensors, device)
@@ -26,31 +32,92 @@ def _batches(
 
 @torch.no_grad()
 def evaluate(
-    task: Task, bundle: Bundle, loader: Loader, batch: int, *, before: Before | None = None
+    task: Task,
+    bundle: Bundle,
+    loader: Loader,
+    batch: int,
+    *,
+    before: Before | None = None,
+    max_rows: int | None = None,
 ) -> dict[str, Any]:
-    """Metrics of the samples, and `loss`, the mean over all that is supervised. The model is left in eval mode."""
-    meter = task.meter()
+    """Metrics of the rows: `loss` and its parts, means over all that is supervised, and what the meter says.
+
+    max_rows: look at no more rows than these, spread evenly. The model is left in eval mode.
+    """
+    meter, joined = task.meter(), _Joined(task, loader.encoded)
     total, count = 0.0, 0.0
-    for micro, tensors in _batches(loader, batch, bundle, before):
+    parts: dict[str, float] = {}
+    samples = None if max_rows is None else samples_of(loader.encoded, spread(loader.encoded, max_rows))
+    for micro, tensors in _batches(loader, batch, bundle, before, samples):
         loss, predictions = task.score(bundle.model, tensors, bundle)
-        _count_must_match(task, predictions, micro)
         total, count = total + float(loss.total), count + float(loss.count)
-        for prediction, index in zip(predictions, micro.samples, strict=True):
-            meter.update(prediction, loader.encoded.reference(index))
-    return {"loss": total / count if count else 0.0, **meter.result()}
+        for name, part in loss.parts.items():
+            parts[name] = parts.get(name, 0.0) + float(part)
+        if predictions is None:
+            continue
+        _count_must_match(task, predictions, micro)
+        for index, prediction in zip(micro.samples, predictions, strict=True):
+            if (row := joined.add(index, prediction)) is not None:
+                meter.update(*row)
+    means = {name: value / count if count else 0.0 for name, value in {"loss": total, **parts}.items()}
+    return task.finish({**means, **meter.result()})
 
 
 @torch.no_grad()
 def predict(
-    task: Task, bundle: Bundle, loader: Loader, batch: int, *, before: Before | None = None
+    task: Task,
+    bundle: Bundle,
+    loader: Loader,
+    batch: int,
+    *,
+    before: Before | None = None,
+    rows: list[int] | None = None,
 ) -> list[tuple[int, Any]]:
-    """(position of the row, prediction) a sample, in the order of the rows. The model is left in eval mode."""
+    """(position of the row, prediction) a row, in order. rows: positions of those that are wanted; None: all.
+    The model is left in eval mode."""
+    joined = _Joined(task, loader.encoded)
     found: dict[int, Any] = {}
-    for micro, tensors in _batches(loader, batch, bundle, before):
+    samples = None if rows is None else samples_of(loader.encoded, rows)
+    for micro, tensors in _batches(loader, batch, bundle, before, samples):
         predictions = task.decode(bundle.model, tensors, bundle)
         _count_must_match(task, predictions, micro)
-        found.update(zip(micro.samples, predictions, strict=True))
-    return [(loader.encoded.owner[index], found[index]) for index in sorted(found)]
+        for index, prediction in zip(micro.samples, predictions, strict=True):
+            if (row := joined.add(index, prediction)) is not None:
+                found[loader.encoded.owner[index]] = row[0]
+    return sorted(found.items())
+
+
+def spread(encoded: Encoded, most: int) -> list[int]:
+    """Positions of at most that many rows, spread evenly over those that are usable."""
+    usable = sorted(set(encoded.owner))
+    step = max(1.0, len(usable) / most)
+    return [usable[int(i * step)] for i in range(min(most, len(usable)))]
+
+
+def samples_of(encoded: Encoded, rows: list[int]) -> list[int]:
+    """The samples of these rows."""
+    wanted = set(rows)
+    return [index for index, owner in enumerate(encoded.owner) if owner in wanted]
+
+
+class _Joined:
+    """Predictions of samples, in whatever order, joined to those of rows."""
+
+    def __init__(self, task: Task, encoded: Encoded):
+        self.task, self.encoded = task, encoded
+        self._expected = Counter(encoded.owner)
+        self._parts: dict[int, dict[int, Any]] = {}
+
+    def add(self, index: int, prediction: Any) -> tuple[Any, dict[str, Any]] | None:
+        """(prediction, reference) of the sample's row, once all of its samples are there."""
+        owner = self.encoded.owner[index]
+        parts = self._parts.setdefault(owner, {})
+        parts[index] = prediction
+        if len(parts) < self._expected[owner]:
+            return None
+        del self._parts[owner]
+        row = self.encoded.reference(index)
+        return self.task.join([parts[part] for part in sorted(parts)], row), row
 
 
 def _count_must_match(task: Task, predictions: list[Any], micro: MicroBatch) -> None:

@@ -69,7 +69,7 @@ def save_adapter(
         "lora_dropout": strategy.dropout,
         "use_rslora": strategy.rslora,
         "target_modules": list(lora_target_names(bundle, strategy)),
-        "modules_to_save": list(bundle.head) or None,
+        "modules_to_save": (list(bundle.head) or None) if bundle.head_is_new else None,
         "fan_in_fan_out": _is_transposed(bundle, strategy),
         "bias": "none",
         "inference_mode": True,

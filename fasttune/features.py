@@ -20,8 +20,13 @@ def base_module(bundle: Bundle) -> tuple[str, nn.Module] | None:
     base = getattr(bundle.model, name, None) if name else None
     if not isinstance(base, nn.Module) or base is bundle.model:
         return None
-    holds_head = any(head == name or head.startswith(name + ".") for head in bundle.head)
-    return None if holds_head else (name, base)
+    own = {id(parameter) for parameter in base.parameters()}
+    for head in bundle.head:
+        inside = head == name or head.startswith(name + ".")
+        # A tied output projection stands outside, and trains the embeddings inside.
+        if inside or any(id(p) in own for p in bundle.model.get_submodule(head).parameters()):
+            return None
+    return name, base
 
 
 class CachedBase(nn.Module):

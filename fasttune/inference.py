@@ -15,7 +15,7 @@ from fasttune.checkpoint import Disk
 from fasttune.config import Lora, RunConfig
 from fasttune.data import Encoded
 from fasttune.errors import ConfigError, ModelError
-from fasttune.evaluate import evaluate, predict
+from fasttune.evaluate import evaluate, predict, spread
 from fasttune.export import load_adapter, model_card, save_model
 from fasttune.folder import RunFolder
 from fasttune.media import Limits
@@ -23,6 +23,8 @@ from fasttune.prepare import build_bundle, open_task, prepare_rows, source_of
 from fasttune.readers import MixedRows, Table, read
 from fasttune.rows import media_kind
 from fasttune.task import Bundle, Source, Task
+
+_LONGEST_SHOWN = 400  # characters
 
 
 class Model:
@@ -45,9 +47,25 @@ class Model:
         """Metrics on labelled rows; takes what `predict` takes."""
         return self.score(self._encode(rows, labels=self.labels))
 
-    def score(self, encoded: Encoded) -> dict[str, Any]:
-        """Metrics on rows that are encoded already."""
-        return evaluate(self.task, self.bundle, Loader(encoded, self.bundle.padding), self._batch)
+    def score(self, encoded: Encoded, max_rows: int | None = None) -> dict[str, Any]:
+        """Metrics on rows that are encoded already; on at most that many of them."""
+        loader = Loader(encoded, self.bundle.padding)
+        return evaluate(self.task, self.bundle, loader, self._batch, max_rows=max_rows)
+
+    def samples(self, encoded: Encoded, rows: int) -> list[dict[str, Any]]:
+        """Predictions for a few rows, spread evenly, beside what the rows hold: {"row", "holds", "prediction"}."""
+        if not rows:
+            return []
+        loader = Loader(encoded, self.bundle.padding)
+        found = predict(self.task, self.bundle, loader, self._batch, rows=spread(encoded, rows))
+        return [
+            {
+                "row": encoded.rows.number(position),
+                "holds": {role: _short(value) for role, value in encoded.rows.read(position).items()},
+                "prediction": prediction,
+            }
+            for position, prediction in found
+        ]
 
     def export(self, folder: str | Path, *, metrics: Mapping[str, Any] | None = None) -> None:
         """Writes a plain transformers folder; LoRA is merged into the weights. Raises ConfigError if it exists."""
@@ -72,6 +90,12 @@ class Model:
         # Rows made by hand name the roles, whatever the training data called its columns.
         named = {role: name for role, name in named.items() if name in table.columns or role not in table.columns}
         return prepare_rows(self.task, self.bundle, table, named, limits, labels)
+
+
+def _short(value: Any) -> Any:
+    """A value of a row for a report: bytes of a picture or a long text say little there."""
+    text = value if isinstance(value, str) else repr(value)
+    return value if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]} …"
 
 
 def load(run: str | Path, *, remote_code: str | None = None) -> Model:

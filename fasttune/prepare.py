@@ -122,6 +122,9 @@ def open_tables(config: RunConfig, task: Task, progress: Progress, signals: Sign
     other = None
     if valid_table is not None:
         other = open_rows(read(valid_table, media, "validation"), task.columns, named, limits)
+    task.check_columns(frozenset(rows.mapping))
+    if other is not None:
+        task.check_columns(frozenset(other.mapping))
     first = look(rows)
     notes = ["columns: " + ", ".join(f"{role} <- {name}" for role, name in rows.mapping.items())]
     if other is None:
@@ -189,12 +192,21 @@ def prepare(config: RunConfig, progress: Progress, signals: Signals, remote_code
     )
 
 
+def truncated_shares(encoded: Encoded) -> float | dict[str, float]:
+    """The share of samples that were cut; by role where the task reads several columns."""
+    shares = {role: count / len(encoded) for role, count in sorted(encoded.truncated.items())}
+    return shares if any(shares) else shares.get("", 0.0)
+
+
 def _truncation(train: Encoded, valid: Encoded) -> str:
-    shares = [
-        f"{samples.truncated / len(samples):.1%} of {name}"
-        for name, samples in (("train", train), ("valid", valid))
-    ]
-    return f"truncated: {' and '.join(shares)} rows"
+    said = []
+    for name, samples in (("train", train), ("valid", valid)):
+        shares = truncated_shares(samples)
+        if isinstance(shares, dict):
+            said += [f"{role} in {share:.1%} of {name}" for role, share in shares.items()]
+        else:
+            said.append(f"{shares:.1%} of {name}")
+    return f"truncated: {' and '.join(said)} rows"
 
 
 def prepare_rows(

@@ -79,13 +79,16 @@ def render(
 ) -> str:
     """report.html: one file that needs nothing else."""
     valid = metrics["valid"]
+    measured, rows = metrics["valid_rows_measured"], metrics["valid_rows"]
+    of = f", {measured:,} of its {rows:,} rows" if measured < rows else ""
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         *[f'<p class="warn">{html.escape(warning)}</p>' for warning in warnings],
-        "<h2>On valid</h2>",
+        f"<h2>On valid{of}</h2>",
         _table(["metric", "value"], [[name, f"{value:.4f}"] for name, value in scalars(valid).items()]),
         _per_class(valid),
         _confusion(valid),
+        _samples(metrics.get("samples", [])),
         "<h2>Loss</h2>",
         _curves(steps, evaluations),
         "<h2>The run</h2>",
@@ -133,6 +136,22 @@ def _confusion(valid: Mapping[str, Any]) -> str:
     ]
     rows = [[truth, predicted, count] for count, truth, predicted in sorted(pairs, reverse=True)[:15]]
     return "<h2>Most frequent confusions</h2>" + _table(["is", "taken for", "rows"], rows) if rows else ""
+
+
+def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
+    """A few predictions beside what their rows hold."""
+    if not samples:
+        return ""
+
+    def text(value: Any) -> str:
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+    roles = list(dict.fromkeys(role for sample in samples for role in sample["holds"]))
+    rows = [
+        [sample["row"], *(text(sample["holds"].get(role, "")) for role in roles), text(sample["prediction"])]
+        for sample in samples
+    ]
+    return "<h2>Samples of valid</h2>" + _table(["row", *roles, "prediction"], rows)
 
 
 def _curves(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> str:

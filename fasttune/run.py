@@ -32,7 +32,17 @@ from fasttune.inference import Model, load
 from fasttune.memory import keeps_pages, limit_primitive_cache, peak_memory, return_free_memory
 from fasttune.ops import forget_uses, used
 from fasttune.optim import Optimizer
-from fasttune.prepare import UNITS, Prepared, adapt_bundle, build_bundle, data_report, prepare, source_of, width_of
+from fasttune.prepare import (
+    UNITS,
+    Prepared,
+    adapt_bundle,
+    build_bundle,
+    data_report,
+    prepare,
+    source_of,
+    truncated_shares,
+    width_of,
+)
 from fasttune.progress import Progress
 from fasttune.report import Report, dangers, read_records, render
 from fasttune.rows import media_kind
@@ -149,9 +159,13 @@ class _Run:
             f"attention: {adapted.attention}",
             f"memory: {'tensors keep their pages' if keeps_pages() else 'freed pages go back to the system'}",
         ]
-        cached = cache_features(self.prepared.bundle, strategy.cache_gb) if isinstance(strategy, Head) else None
+        cached = None
+        if isinstance(strategy, Head):
+            packs = self.prepared.task.packs
+            cached = None if packs else cache_features(self.prepared.bundle, strategy.cache_gb)
         if isinstance(strategy, Head) and cached is None:
-            why = "strategy.cache_gb is 0" if not strategy.cache_gb else "part of the head stands inside the base"
+            why = "samples are packed" if packs else "part of the head stands inside the base"
+            why = why if strategy.cache_gb else "strategy.cache_gb is 0"
             self.progress.note(f"features of the base are computed anew in every epoch: {why}")
         for note in self.prepared.notes[-3:]:
             self.progress.note(note)
@@ -160,7 +174,8 @@ class _Run:
     def _loaders(self) -> tuple[Batches, Loader]:
         padding, workers = self.prepared.bundle.padding, self.config.data.workers
         train = self.config.train
-        loader = Loader(self.prepared.train, padding, workers)
+        task = self.prepared.task
+        loader = Loader(self.prepared.train, padding, workers, task.pack if task.packs else None)
         batches = Batches(loader, train.batch, train.accumulation, train.seed)
         return batches, Loader(self.prepared.valid, padding, workers)
 
@@ -311,7 +326,12 @@ class _Run:
     def _evaluate(self, step: int) -> None:
         batch = self.config.eval.batch or self.config.train.batch
         metrics = evaluate(
-            self.prepared.task, self.prepared.bundle, self.valid, batch, before=partial(self._expect, "valid")
+            self.prepared.task,
+            self.prepared.bundle,
+            self.valid,
+            batch,
+            before=partial(self._expect, "valid"),
+            max_rows=self.config.eval.max_rows,
         )
         value, loss = plain(metrics[self.metric.name]), plain(metrics["loss"])
         gain = self._rank(value) > self._rank(self.best.value)
@@ -355,7 +375,8 @@ class _Run:
         self._export(best, self.folder.best)
         self._export(last, self.folder.last)
         model = load(self.folder.path)
-        valid = plain(model.score(self.prepared.valid))
+        valid = plain(model.score(self.prepared.valid, self.config.eval.max_rows))
+        samples = plain(model.samples(self.prepared.valid, self.config.eval.samples))
         self.best.note_ops()
         self.prepared.notes += [f"op {op}: by {by['name']}, {by['why']}" for op, by in self.best.ops.items()]
         steps, evaluations = read_records(self.folder.steps)
@@ -371,9 +392,13 @@ class _Run:
             "padding": 1 - sum(record[unit] for record in steps) / sum(record["padded"] for record in steps),
             "seconds": self.best.seconds,
             "peak_memory_bytes": trained_in,
-            "truncated_train": self.prepared.train.truncated / len(self.prepared.train),
+            "truncated_train": truncated_shares(self.prepared.train),
             "train_rows": self.prepared.train.usable_rows,
             "valid_rows": self.prepared.valid.usable_rows,
+            "valid_rows_measured": min(
+                self.prepared.valid.usable_rows, self.config.eval.max_rows or self.prepared.valid.usable_rows
+            ),
+            "samples": samples,
             "ops": self.best.ops,
         }
         warnings = dangers(steps, evaluations)

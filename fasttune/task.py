@@ -72,7 +72,9 @@ class Metric:
 class Bundle:
     """A pretrained model with the task's head, and its processor.
 
-    head: names of the modules that are always trained and always saved (as in `model.named_modules()`).
+    head: names of the modules that strategy head trains (as in `model.named_modules()`).
+    head_is_new: the head starts from random weights, so that every strategy trains and saves it. False for a head
+        that was pretrained with the model, such as a language model's output projection: LoRA leaves it frozen.
     blocks: names of the repeated layers in depth order, input first: layer-wise rates, gradual unfreezing and
         activation checkpointing go by them.
     lora_targets: names of the modules that LoRA adapts when the user names none.
@@ -87,6 +89,7 @@ class Bundle:
     lora_targets: tuple[str, ...]
     padding: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    head_is_new: bool = True
 
 
 @dataclass
@@ -95,18 +98,19 @@ class Sample:
 
     tensors: arrays by name; samples of a batch are padded to the longest in every dimension.
     cost: what the sample costs to compute, in tokens, frames or pixels; drives buckets and the padding share.
-    truncated: how many units of cost were cut off.
+    truncated: how many units of cost were cut off; by role where a task reads several columns.
     """
 
     tensors: dict[str, np.ndarray]
     cost: int
-    truncated: int = 0
+    truncated: int | Mapping[str, int] = 0
 
 
 @dataclass
 class Loss:
     """A SUM over what is supervised, and its COUNT: never a mean, so that the host can normalise once over
-    micro-batches and ranks. total: 0-d, fp32, differentiable. count: number of supervised items."""
+    micro-batches and ranks. total: 0-d, fp32, differentiable. count: number of supervised items. parts: further
+    sums over the same items by name, such as how many were right; an evaluation reports each divided by count."""
 
     total: Tensor
     count: Tensor | float
@@ -176,6 +180,7 @@ class Task:
     columns: tuple[Column, ...] = ()
     metrics: tuple[Metric, ...] = ()
     Options: ClassVar[type[BaseModel]] = NoOptions
+    packs: bool = False  # whether `pack` does something; may be a property
 
     def __init__(self, options: Any = None):
         self.options: Any = self.Options() if options is None else options
@@ -198,12 +203,36 @@ class Task:
         """One JSON-able prediction a sample: the one path of evaluate, predict and demo."""
         raise NotImplementedError
 
-    def score(self, model: nn.Module, batch: dict[str, Tensor], bundle: Bundle) -> tuple[Loss, list[Any]]:
-        """Loss and predictions of a batch. Override it where one forward pass gives both."""
+    def score(self, model: nn.Module, batch: dict[str, Tensor], bundle: Bundle) -> tuple[Loss, list[Any] | None]:
+        """Loss and predictions of a batch. Override it where one forward pass gives both, or where the loss and
+        its parts are all that is measured: None then takes the place of predictions, and no meter sees them."""
         return self.loss(model, batch), self.decode(model, batch, bundle)
+
+    def join(self, predictions: list[Any], row: Mapping[str, Any]) -> Any:
+        """The prediction of a row from those of its samples, in their order. Override it where `encode` returns
+        several. row: by role, as `encode` got it, media not opened."""
+        (prediction,) = predictions
+        return prediction
+
+    def pack(self, samples: list[Sample]) -> list[Sample]:
+        """The samples of a training micro-batch, put together so that less of it is padding; loss, count and
+        gradients must stay what they are. Called only where `packs` is true."""
+        return samples
+
+    def show(self, sample: Sample, bundle: Bundle) -> str | None:
+        """A sample for `fasttune check`, as the loss sees it, with what is supervised marked; None: the host's
+        own way."""
+        return None
+
+    def check_columns(self, roles: frozenset[str]) -> None:
+        """Raises DataError(None, why) if the roles that the data have a column for can't make a row together."""
 
     def meter(self) -> Meter:
         raise NotImplementedError
+
+    def finish(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """The metrics of an evaluation, with what follows from them as a whole: a perplexity from "loss"."""
+        return metrics
 
     def resolve(self, counts: Mapping[str, int]) -> Any:
         """The options with everything written out that depends on the classes of train, such as class weights.

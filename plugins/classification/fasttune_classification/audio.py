@@ -37,9 +37,9 @@ class AudioClassification(Classifier):
         """Raises ModelError if the folder holds no audio model with a feature extractor."""
         from transformers import MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING, AutoModelForAudioClassification
 
+        from fasttune.models.checkpoint import load_config, require_family
         from fasttune_classification import feature_extractor as extractors
         from fasttune_classification.build import build_model
-        from fasttune_classification.checkpoint import load_config, require_family
 
         config = load_config(source)
         require_family(source, config, "audio-classification", MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING)

@@ -10,8 +10,8 @@ import soxr
 from transformers import AutoFeatureExtractor
 
 from fasttune.errors import DataError, ModelError
+from fasttune.models.checkpoint import LOADING_ERRORS, load_arguments, quiet, trouble
 from fasttune.task import Source
-from fasttune_classification.checkpoint import LOADING_ERRORS, load_arguments, quiet, trouble
 
 SHORTEST_SECONDS = 0.025
 """One window of a spectrogram."""

@@ -34,9 +34,9 @@ class ImageClassification(Classifier):
         of the size that the options ask for."""
         from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoModelForImageClassification
 
+        from fasttune.models.checkpoint import load_config, require_family
         from fasttune_classification import image_processor as processors
         from fasttune_classification.build import build_model
-        from fasttune_classification.checkpoint import load_config, require_family
 
         config = load_config(source)
         require_family(source, config, "image-classification", MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING)

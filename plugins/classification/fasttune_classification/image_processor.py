@@ -12,8 +12,8 @@ from transformers import AutoImageProcessor, PreTrainedConfig, ViTImageProcessor
 from transformers.utils.import_utils import is_timm_available, is_torchvision_available
 
 from fasttune.errors import ModelError
+from fasttune.models.checkpoint import LOADING_ERRORS, load_arguments, quiet, trouble
 from fasttune.task import Source
-from fasttune_classification.checkpoint import LOADING_ERRORS, load_arguments, quiet, trouble
 
 _TIMM = "timm_wrapper"
 _SIMPLE_KEYS = frozenset(

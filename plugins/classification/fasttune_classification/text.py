@@ -82,9 +82,9 @@ class TextClassification(Classifier):
         suit the model."""
         from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification
 
-        from fasttune_classification import tokenizer as tokenizers
+        from fasttune.models import tokenizer as tokenizers
+        from fasttune.models.checkpoint import load_config, require_family
         from fasttune_classification.build import build_model
-        from fasttune_classification.checkpoint import load_config, require_family
 
         config = load_config(source)
         require_family(source, config, "text-classification", MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING)

@@ -1,14 +1,15 @@
 """Loads a tokenizer and makes it agree with its model: length, padding, and which tensors it makes."""
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from fasttune.errors import ConfigError, ModelError
+from fasttune.models.checkpoint import LOADING_ERRORS, load_arguments, quiet, trouble
 from fasttune.task import Source
-from fasttune_classification.checkpoint import LOADING_ERRORS, load_arguments, quiet, trouble
 
 LONGEST_DEFAULT = 512
 
@@ -55,9 +56,58 @@ def fit_tokenizer(source: Source, tokenizer: Any, model: Any, max_length: int | 
             part.pad_token_id = tokenizer.pad_token_id
 
 
+def fit_language_tokenizer(source: Source, tokenizer: Any, model: Any) -> list[str]:
+    """For models that write text: a padding token, the model's length limit, and embeddings for every token of the
+    tokenizer. Returns what the user should know.
+
+    Without a padding token the end-of-text token pads. That teaches nothing, as long as labels are masked by
+    position and never by token id. Raises ModelError if there is neither.
+    """
+    notes = []
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(
+                f"model {str(source)!r}: its tokenizer has neither a padding nor an end-of-text token; add one to "
+                "its tokenizer_config.json"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+        notes.append(f"no padding token: {tokenizer.eos_token!r} pads, where nothing is supervised")
+    for part in {
+        id(c): c for c in (model.config, model.config.get_text_config(), model.generation_config)
+    }.values():
+        if part is not None and getattr(part, "pad_token_id", None) is None:
+            part.pad_token_id = tokenizer.pad_token_id
+    limit = positions(model)
+    if limit is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+    tokenizer.padding_side = "right"
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"model {str(source)!r}: its tokenizer has {len(tokenizer)} tokens, but its vocabulary ends at "
+            f"{rows - 1}: tokenizer and model don't belong together"
+        )
+    return notes
+
+
+def add_tokens(tokenizer: Any, model: Any, tokens: Sequence[str]) -> tuple[str, ...]:
+    """Adds special tokens that the tokenizer lacks, and rows for them to the model's embeddings and output.
+
+    Returns the names of the modules whose rows are new, to be trained and saved; empty if nothing was missing.
+    """
+    missing = [token for token in tokens if token not in tokenizer.get_vocab()]
+    if not missing:
+        return ()
+    tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_additional_special_tokens=False)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
+    grown = (model.get_input_embeddings(), model.get_output_embeddings())
+    return tuple(name for name, module in model.named_modules() if any(module is own for own in grown))
+
+
 def _length(tokenizer: Any, model: Any, wanted: int | None) -> int:
     """Raises ConfigError if the wanted length leaves no room for text, or is more than the model has positions."""
-    limit = _positions(model)
+    limit = positions(model)
     if wanted is None:
         stated = min(tokenizer.model_max_length, LONGEST_DEFAULT)  # 1e30 where the tokenizer states none
         return int(min(stated, limit) if limit is not None else stated)
@@ -69,7 +119,7 @@ def _length(tokenizer: Any, model: Any, wanted: int | None) -> int:
     return wanted
 
 
-def _positions(model: Any) -> int | None:
+def positions(model: Any) -> int | None:
     """How many tokens the model can take, or None if its positions have no end."""
     config = model.config.get_text_config()
     stated = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)

@@ -107,7 +107,7 @@ def require_family(source: Source, config: PreTrainedConfig, task: str, mapping:
         return
     if source.remote_code_revision and getattr(config, "auto_map", None):
         return
-    made_for = ", ".join(_made_for(config)) or "none of fasttune's classification tasks"
+    made_for = ", ".join(_made_for(config)) or "none of fasttune's tasks"
     raise ModelError(
         f"model {str(source)!r} is of type {config.model_type!r}, which transformers can't use for {task}. "
         f"Models of this type do: {made_for}."
