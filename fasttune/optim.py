@@ -95,8 +95,7 @@ class Optimizer:
     @torch.no_grad()
     def publish(self) -> None:
         """Copies the masters into the model, rounded to its compute type."""
-        for name, parameter in self.parameters.items():
-            parameter.copy_(self.masters[name])
+        torch._foreach_copy_(list(self.parameters.values()), [self.masters[name] for name in self.parameters])
 
     def lr(self, step: int) -> float:
         """The highest learning rate of a step."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fasttune.batching import Batches, MicroBatch, Position, to_device
 from fasttune.errors import TrainingError
+from fasttune.ops import raise_pending
 from fasttune.optim import Optimizer
 from fasttune.task import Loss
 
@@ -80,6 +81,7 @@ def train(
             loss.total.backward()
             optimizer.collect()
             total, count = total + float(loss.total.detach()), count + float(loss.count)
+        raise_pending()
         lr = optimizer.lr(step)
         done = optimizer.step(step, count if _finite(total) else 0.0)
         skipped = 0 if done.taken else skipped + 1

@@ -360,3 +360,22 @@ def test_an_image_that_vanishes_while_training_is_named(
             output=str(tmp_path / "run"),
             quiet=True,
         )
+
+
+def test_what_a_gpu_kernel_found_wrong_with_a_label_stops_the_run_before_its_step(
+    tiny_bert: Path, toy_files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found() -> None:
+        raise IndexError("row 3: label 7 is out of range")
+
+    monkeypatch.setattr("fasttune.train.raise_pending", found)
+    with pytest.raises(IndexError, match="row 3"):
+        fasttune.finetune(
+            task="text-classification",
+            model=str(tiny_bert),
+            data={"train": toy_files.train, "valid": toy_files.valid},
+            train={"steps": 2, "precision": "fp32"},
+            output=str(tmp_path / "run"),
+            quiet=True,
+        )
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -3,7 +3,7 @@
 from fasttune.ops.attention import attention
 from fasttune.ops.cross_entropy import cross_entropy
 from fasttune.ops.dropout import dropout
-from fasttune.ops.library import Backend, backend, build_info, forget_uses, used
+from fasttune.ops.library import Backend, backend, build_info, forget_uses, raise_pending, used
 from fasttune.ops.linear_cross_entropy import linear_cross_entropy
 from fasttune.ops.lora_linear import lora_linear
 
@@ -17,5 +17,6 @@ __all__ = [
     "forget_uses",
     "linear_cross_entropy",
     "lora_linear",
+    "raise_pending",
     "used",
 ]

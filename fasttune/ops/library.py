@@ -133,6 +133,13 @@ def build_info() -> dict[str, Any]:
     return {"kernels": False, "why": MISSING} if _C is None else {"kernels": True, **_C.build_info()}
 
 
+def raise_pending() -> None:
+    """Raises the IndexError of a label out of range that a kernel has seen on a GPU: such a kernel reports it with
+    the next call, so that no call waits for the device. For where the host has synchronised anyway."""
+    if _C is not None:
+        _C.raise_pending()
+
+
 _warned: set[str] = set()
 
 
