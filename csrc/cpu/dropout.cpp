@@ -2,7 +2,8 @@
 // mask as one bit an element, then apply it. The mask stage knows nothing of the storage type.
 //
 // Each stage exists once per instruction set, compiled by function attributes and chosen at run
-// time, so that one binary serves every x86-64 machine. All paths give the same bits.
+// time, so that one binary serves every x86-64 machine. All paths give the same bits, but for a
+// NaN's payload.
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <c10/util/BFloat16.h>
@@ -202,24 +203,33 @@ FASTTUNE_AVX512 inline __m512 load16(const float* x) { return _mm512_loadu_ps(x)
 FASTTUNE_AVX512 inline __m512 load16(const Half* x) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
 }
-FASTTUNE_AVX512 inline __m512 load16(const BFloat16* x) {
-  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
-}
 FASTTUNE_AVX512 inline void store16(float* out, __m512 v) { _mm512_storeu_ps(out, v); }
 FASTTUNE_AVX512 inline void store16(Half* out, __m512 v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
                       _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
-// By integers and not by vcvtneps2bf16, which flushes subnormal numbers to zero.
-FASTTUNE_AVX512 inline void store16(BFloat16* out, __m512 v) {
+
+// 32 bf16: a float's upper half each, those of even index in the lower halves of 32-bit lanes.
+struct Floats32 {
+  __m512 even, odd;
+};
+FASTTUNE_AVX512 inline Floats32 widen(__m512i x) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(x, 16)),
+          _mm512_castsi512_ps(_mm512_and_si512(x, upper))};
+}
+// To nearest even, in the upper half. By integers and not by vcvtneps2bf16, which flushes subnormal
+// numbers to zero. A NaN stays one as long as its lower half is 0: made of bf16 ones by
+// multiplication and addition it is.
+FASTTUNE_AVX512 inline __m512i round_upper(__m512 v) {
   const __m512i raw = _mm512_castps_si512(v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(raw, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_add_epi32(raw, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
-  rounded = _mm512_srli_epi32(rounded, 16);
-  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC0));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(rounded));
+  const __mmask16 odd = _mm512_test_epi32_mask(raw, _mm512_set1_epi32(0x10000));
+  const __m512i up = _mm512_add_epi32(raw, _mm512_set1_epi32(0x7FFF));
+  return _mm512_mask_add_epi32(up, odd, up, _mm512_set1_epi32(1));
+}
+FASTTUNE_AVX512 inline __m512i narrow(const Floats32& v) {
+  const __m512i even = _mm512_srli_epi32(round_upper(v.even), 16);
+  return _mm512_mask_mov_epi16(even, 0xAAAAAAAA, round_upper(v.odd));
 }
 
 template <typename T, bool kAccumulate>
@@ -233,6 +243,19 @@ FASTTUNE_AVX512 void apply_avx512(const T* x, T* out, const uint16_t* bits, int6
       __m512d v = _mm512_maskz_mul_pd(kept, _mm512_loadu_pd(x + i), factor);
       if constexpr (kAccumulate) v = _mm512_add_pd(_mm512_loadu_pd(out + i), v);
       _mm512_storeu_pd(out + i, v);
+    }
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    const __m512 factor = _mm512_set1_ps(static_cast<float>(scale));
+    for (; i + 32 <= n; i += 32) {
+      __mmask32 kept;
+      std::memcpy(&kept, bits + i / 16, sizeof(kept));
+      Floats32 v = widen(_mm512_maskz_loadu_epi16(kept, x + i));
+      v = {_mm512_mul_ps(v.even, factor), _mm512_mul_ps(v.odd, factor)};
+      if constexpr (kAccumulate) {
+        const Floats32 sum = widen(_mm512_loadu_si512(out + i));
+        v = {_mm512_add_ps(sum.even, v.even), _mm512_add_ps(sum.odd, v.odd)};
+      }
+      _mm512_storeu_si512(out + i, narrow(v));
     }
   } else {
     const __m512 factor = _mm512_set1_ps(static_cast<float>(scale));
