@@ -232,6 +232,15 @@ FASTTUNE_AVX512 inline __m512i narrow(const Floats32& v) {
   return _mm512_mask_mov_epi16(even, 0xAAAAAAAA, round_upper(v.odd));
 }
 
+// Between two pieces lies a drawing, after which the processor's own prefetching begins anew:
+// without this, x that comes from memory takes twice the time. An address past x's end does no
+// harm.
+template <typename T>
+inline void fetch_next_piece(const T* x) {
+  const uintptr_t next = reinterpret_cast<uintptr_t>(x) + kPiece * sizeof(T);
+  __builtin_prefetch(reinterpret_cast<const void*>(next));
+}
+
 template <typename T, bool kAccumulate>
 FASTTUNE_AVX512 void apply_avx512(const T* x, T* out, const uint16_t* bits, int64_t n,
                                   double scale) {
@@ -239,6 +248,7 @@ FASTTUNE_AVX512 void apply_avx512(const T* x, T* out, const uint16_t* bits, int6
   if constexpr (std::is_same_v<T, double>) {
     const __m512d factor = _mm512_set1_pd(scale);
     for (; i + 8 <= n; i += 8) {
+      fetch_next_piece(x + i);
       const __mmask8 kept = static_cast<__mmask8>(bits[i / 16] >> (i % 16));
       __m512d v = _mm512_maskz_mul_pd(kept, _mm512_loadu_pd(x + i), factor);
       if constexpr (kAccumulate) v = _mm512_add_pd(_mm512_loadu_pd(out + i), v);
@@ -247,6 +257,7 @@ FASTTUNE_AVX512 void apply_avx512(const T* x, T* out, const uint16_t* bits, int6
   } else if constexpr (std::is_same_v<T, BFloat16>) {
     const __m512 factor = _mm512_set1_ps(static_cast<float>(scale));
     for (; i + 32 <= n; i += 32) {
+      fetch_next_piece(x + i);
       __mmask32 kept;
       std::memcpy(&kept, bits + i / 16, sizeof(kept));
       Floats32 v = widen(_mm512_maskz_loadu_epi16(kept, x + i));
@@ -260,6 +271,7 @@ FASTTUNE_AVX512 void apply_avx512(const T* x, T* out, const uint16_t* bits, int6
   } else {
     const __m512 factor = _mm512_set1_ps(static_cast<float>(scale));
     for (; i + 16 <= n; i += 16) {
+      fetch_next_piece(x + i);
       __m512 v = _mm512_maskz_mul_ps(bits[i / 16], load16(x + i), factor);
       if constexpr (kAccumulate) v = _mm512_add_ps(load16(out + i), v);
       store16(out + i, v);
