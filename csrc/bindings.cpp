@@ -5,6 +5,7 @@
 
 #include <array>
 #include <string>
+#include <vector>
 
 #include "cpu/allocator.h"
 #include "cpu/kernels.h"
@@ -80,4 +81,15 @@ PYBIND11_MODULE(_C, m) {
     const fasttune::Philox4 out = fasttune::philox4x32_10(in, key[0], key[1]);
     return std::array<uint32_t, 4>{out.word[0], out.word[1], out.word[2], out.word[3]};
   });
+  m.def(
+      "draw_mask",
+      [](int64_t seed, uint64_t first, int64_t n, double p) {
+        std::vector<uint16_t> bits((n + fasttune::cpu::kDrawSlack) / 16);
+        fasttune::cpu::draw_mask(static_cast<uint64_t>(seed), first, n, p, bits.data());
+        std::vector<bool> kept(n);
+        const int64_t skip = first % fasttune::kElementsPerDraw;
+        for (int64_t i = 0; i < n; ++i) kept[i] = bits[(skip + i) / 16] >> (skip + i) % 16 & 1;
+        return kept;
+      },
+      "Whether dropout keeps elements first .. first + n - 1, which no tensor needs to reach to.");
 }

@@ -61,39 +61,40 @@ __device__ __forceinline__ Vector pack(const float (&in)[kPerVector<T>]) {
 // Which elements dropout keeps, as philox.h says, and the factor of those kept.
 struct Mask {
   PhiloxKeys keys;
-  uint32_t threshold;
-  bool none;  // p = 1: the threshold is 2^32
+  uint32_t threshold;  // in the upper half, the lower one 0
+  bool none;           // is kept
   float scale;
 
-  __device__ __forceinline__ bool keeps(uint32_t word) const { return !none && word >= threshold; }
+  // By a word's upper half: whatever the lower one is, it does not change the comparison.
+  __device__ __forceinline__ bool keeps_odd(uint32_t word) const {
+    return !none && word >= threshold;
+  }
+  __device__ __forceinline__ bool keeps_even(uint32_t word) const { return keeps_odd(word << 16); }
 };
 
 inline Mask make_mask(double p, uint64_t seed) {
-  const uint64_t threshold = dropout_threshold(p);
-  const bool none = threshold > UINT32_MAX;
-  return {philox_keys(seed), static_cast<uint32_t>(threshold), none,
-          none ? 0.0f : static_cast<float>(1.0 / (1.0 - p))};
+  const uint32_t threshold = dropout_threshold(p);
+  return {philox_keys(seed), threshold << 16, threshold == kDropAll,
+          static_cast<float>(dropout_scale(p))};
 }
 
-// Zeroes what isn't kept among the 16-bit elements 4 * quad .. 4 * quad + 7.
-__device__ __forceinline__ void apply_mask(const Mask& mask, uint64_t quad, Vector& v) {
+// Zeroes what isn't kept among the 16-bit elements 8 * draw .. 8 * draw + 7.
+__device__ __forceinline__ void apply_mask(const Mask& mask, uint64_t draw, Vector& v) {
+  const Philox4 u = philox_draw(mask.keys, draw);
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const Philox4 u = philox_quad(mask.keys, quad + half);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      v.word[2 * half + i] &= (mask.keeps(u.word[2 * i]) ? 0x0000FFFFu : 0u) |
-                              (mask.keeps(u.word[2 * i + 1]) ? 0xFFFF0000u : 0u);
-    }
+  for (int i = 0; i < 4; ++i) {
+    v.word[i] &= (mask.keeps_even(u.word[i]) ? 0x0000FFFFu : 0u) |
+                 (mask.keeps_odd(u.word[i]) ? 0xFFFF0000u : 0u);
   }
 }
 
 // The slow way, for one element.
 __device__ __forceinline__ bool keeps_element(const Mask& mask, uint64_t index) {
-  const Philox4 u = philox_quad(mask.keys, index / 4);
-  const uint32_t low = index % 2 == 0 ? u.word[0] : u.word[1];
-  const uint32_t high = index % 2 == 0 ? u.word[2] : u.word[3];
-  return mask.keeps(index % 4 < 2 ? low : high);
+  const Philox4 u = philox_draw(mask.keys, index / kElementsPerDraw);
+  const uint32_t first = index % 4 < 2 ? u.word[0] : u.word[1];
+  const uint32_t second = index % 4 < 2 ? u.word[2] : u.word[3];
+  const uint32_t word = index % kElementsPerDraw < 4 ? first : second;
+  return index % 2 == 0 ? mask.keeps_even(word) : mask.keeps_odd(word);
 }
 
 __device__ __forceinline__ float shuffle(float value, int mask) { return shuffle_xor(value, mask); }

@@ -1,5 +1,4 @@
-// Dropout: one Philox call serves four neighbouring elements, sixteen bytes a load. Bit for bit the
-// CPU's result. Figures in dropout.md.
+// Dropout, sixteen bytes a load. Bit for bit the CPU's result. Figures in dropout.md.
 #include "device.cuh"
 
 namespace fasttune::cuda {
@@ -58,15 +57,15 @@ __global__ void __launch_bounds__(kThreads) dropout_kernel(const __grid_constant
   for (int v = 0; v < kVectors; ++v) {
     const int64_t first = (block + v * kThreads + threadIdx.x) * per;
     if (first >= p.n) break;
+    const Philox4 u = philox_draw(p.mask.keys, static_cast<uint64_t>(first / kElementsPerDraw));
+    // Four floats take half of what was drawn, and the thread beside draws the same again.
+    const bool upper = first % kElementsPerDraw != 0;
 #pragma unroll
-    for (int quad = 0; quad < per / 4; ++quad) {
-      const Philox4 u = philox_quad(p.mask.keys, static_cast<uint64_t>(first / 4 + quad));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float& value = x[v][4 * quad + i];
-        value = p.mask.keeps(u.word[i]) ? multiply(value, p.mask.scale) : 0.0f;
-        if (kAccumulate) value += sum[v][4 * quad + i];
-      }
+    for (int i = 0; i < per; ++i) {
+      const uint32_t word = upper ? u.word[(i / 2 + 2) % 4] : u.word[i / 2];
+      const bool kept = i % 2 == 0 ? p.mask.keeps_even(word) : p.mask.keeps_odd(word);
+      x[v][i] = kept ? multiply(x[v][i], p.mask.scale) : 0.0f;
+      if (kAccumulate) x[v][i] += sum[v][i];
     }
     store<T>(p, first, x[v]);
   }

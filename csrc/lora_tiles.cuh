@@ -11,7 +11,7 @@
 //     word pairs, rearranged, are the operands of eight mma, the j-th with columns j, 8 + j, 16 + j
 //     ...
 //
-// A mask's quad is four neighbouring columns of a row, so both ways each lane draws its own.
+// One draw of a mask serves eight neighbouring columns of a row: both ways each lane draws its own.
 #pragma once
 
 #include "device.cuh"
@@ -27,7 +27,7 @@ constexpr int64_t kMaxColumns = INT32_MAX / kOffsetRows;
 template <typename T, bool kMasked>
 struct Large {
   const T* data;        // [rows, columns]
-  uint64_t first_quad;  // of data in the whole matrix
+  uint64_t first_draw;  // of data in the whole matrix
   int32_t rows, columns;
   const Mask& mask;  // among the kernel's arguments, which are constant memory
 
@@ -35,7 +35,7 @@ struct Large {
   __device__ __forceinline__ Large(const void* whole, int64_t first, int64_t end, int32_t columns,
                                    const Mask& mask)
       : data(static_cast<const T*>(whole) + first * columns),
-        first_quad(static_cast<uint64_t>(first) * columns / 4),
+        first_draw(static_cast<uint64_t>(first) * columns / kElementsPerDraw),
         rows(end - first < kOffsetRows ? static_cast<int32_t>(end - first) : kOffsetRows),
         columns(columns),
         mask(mask) {}
@@ -50,7 +50,7 @@ struct Large {
   }
   __device__ __forceinline__ void apply(int32_t row, int32_t c, Vector& v) const {
     if constexpr (kMasked) {
-      apply_mask(mask, first_quad + static_cast<uint32_t>(row * columns + c) / 4, v);
+      apply_mask(mask, first_draw + static_cast<uint32_t>(row * columns + c) / kElementsPerDraw, v);
     }
   }
 };

@@ -5,11 +5,13 @@
 // constants and the known answers in tests/ops/test_dropout.py are Random123's.
 //
 // The mask of a tensor, by the contiguous logical index i of an element (64 bits):
-//   counter = (low 32 bits of i / 4, high 32 bits of i / 4, 0, 0)
+//   counter = (low 32 bits of i / 8, high 32 bits of i / 8, 0, 0)
 //   key     = (low 32 bits of the seed, high 32 bits of the seed)
-//   u       = word i % 4 of philox(counter, key)
-//   kept if and only if u >= nearbyint(p * 2^32), ties to even
-// so neither the tiling, nor the number of threads, nor the device changes it.
+//   u       = the 16 bits number i % 8 of philox(counter, key): of its word i % 8 / 2 the low half
+//             where i is even, the high half where i is odd
+//   kept if and only if u >= nearbyint(p * 2^16), ties to even
+// so neither the tiling, nor the number of threads, nor the device changes it. The 16 bits of eight
+// elements lie in a little-endian machine's memory as eight 16-bit elements do.
 #pragma once
 
 #include <cmath>
@@ -28,6 +30,9 @@ constexpr uint32_t kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u;
 constexpr uint32_t kPhiloxW1 = 0xBB67AE85u;
 constexpr int kPhiloxRounds = 10;
+
+// One call ("draw") serves so many elements.
+constexpr int kElementsPerDraw = 8;
 
 struct Philox4 {
   uint32_t word[4];
@@ -50,13 +55,13 @@ FASTTUNE_HOST_DEVICE Philox4 philox4x32_10(Philox4 counter, uint32_t key0, uint3
   return counter;
 }
 
-FASTTUNE_HOST_DEVICE Philox4 philox_counter(uint64_t quad) {
-  return {{static_cast<uint32_t>(quad), static_cast<uint32_t>(quad >> 32), 0u, 0u}};
+FASTTUNE_HOST_DEVICE Philox4 philox_counter(uint64_t draw) {
+  return {{static_cast<uint32_t>(draw), static_cast<uint32_t>(draw >> 32), 0u, 0u}};
 }
 
-// The four random words of elements 4 * quad .. 4 * quad + 3.
-FASTTUNE_HOST_DEVICE Philox4 philox_quad(uint64_t seed, uint64_t quad) {
-  return philox4x32_10(philox_counter(quad), static_cast<uint32_t>(seed),
+// The random words of elements 8 * draw .. 8 * draw + 7.
+FASTTUNE_HOST_DEVICE Philox4 philox_draw(uint64_t seed, uint64_t draw) {
+  return philox4x32_10(philox_counter(draw), static_cast<uint32_t>(seed),
                        static_cast<uint32_t>(seed >> 32));
 }
 
@@ -75,8 +80,8 @@ inline PhiloxKeys philox_keys(uint64_t seed) {
   return keys;
 }
 
-FASTTUNE_HOST_DEVICE Philox4 philox_quad(const PhiloxKeys& keys, uint64_t quad) {
-  Philox4 state = philox_counter(quad);
+FASTTUNE_HOST_DEVICE Philox4 philox_draw(const PhiloxKeys& keys, uint64_t draw) {
+  Philox4 state = philox_counter(draw);
 #if defined(__CUDACC__)
 #pragma unroll
 #endif
@@ -86,9 +91,14 @@ FASTTUNE_HOST_DEVICE Philox4 philox_quad(const PhiloxKeys& keys, uint64_t quad) 
   return state;
 }
 
-// 64 bits, because p = 1 (nothing is kept) gives 2^32.
-inline uint64_t dropout_threshold(double p) {
-  return static_cast<uint64_t>(std::nearbyint(p * 4294967296.0));
+// In [0, 2^16]. At 0 (p up to 2^-17) nothing is dropped; at 2^16 (p from 1 - 2^-17) everything is,
+// and no 16-bit number is as large: kernels that compare 16 bits take it apart.
+inline uint32_t dropout_threshold(double p) {
+  return static_cast<uint32_t>(std::nearbyint(p * 65536.0));
 }
+constexpr uint32_t kDropAll = 65536;
+
+// What kept elements are multiplied by: by p as it was given, not by the multiple of 2^-16.
+inline double dropout_scale(double p) { return p < 1.0 ? 1.0 / (1.0 - p) : 0.0; }
 
 }  // namespace fasttune

@@ -367,7 +367,7 @@ struct Block {
       const uint64_t element = static_cast<uint64_t>(first_row) * static_cast<uint64_t>(s.k);
       draw_mask(call.seed, element, units * s.rows() * s.k, call.p, bits.data());
       rows.kept = bits.data();
-      rows.skip = static_cast<int64_t>(element % 4);
+      rows.skip = static_cast<int64_t>(element % kElementsPerDraw);
       rows.keep_scale = call.p < 1 ? static_cast<float>(1.0 / (1.0 - call.p)) : 0.0f;
     }
     kernel(s, rows);

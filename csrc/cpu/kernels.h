@@ -24,9 +24,11 @@ struct DropoutParams {
 
 void dropout(const DropoutParams& params);
 
-// Draws, on this thread, the mask of n elements from element `first` on: bit first % 4 + i of
-// `bits` is set where element first + i is kept. bits: [(n + kDrawSlack) / 16].
-constexpr int64_t kDrawSlack = 4 + 128 + 32 + 15;
+// Draws, on this thread, the mask of n elements from element `first` on: bit
+// first % kElementsPerDraw + i of `bits` is set where element first + i is kept.
+// bits: [(n + kDrawSlack) / 16], because a draw, a step and a word are drawn whole.
+constexpr int64_t kDrawStep = 384;
+constexpr int64_t kDrawSlack = kElementsPerDraw + kDrawStep + 15;
 void draw_mask(uint64_t seed, uint64_t first, int64_t n, double p, uint16_t* bits);
 
 // What dropout does, on this thread, with a mask whose bit 0 is x's first element; the seed is not

@@ -75,11 +75,11 @@ int split_cover(uint64_t from, uint64_t to, int columns, int size, int cluster, 
   return most;
 }
 
-// The words of `count` quads from `first` on, [count, 4], by the keys that kernels get.
+// The words of `count` draws from `first` on, [count, 4], by the keys that kernels get.
 void philox_words(uint64_t seed, uint64_t first, int64_t count, uint32_t* out) {
   const PhiloxKeys keys = philox_keys(seed);
   for (int64_t i = 0; i < count; ++i) {
-    const Philox4 word = philox_quad(keys, first + static_cast<uint64_t>(i));
+    const Philox4 word = philox_draw(keys, first + static_cast<uint64_t>(i));
     std::copy(word.word, word.word + 4, out + 4 * i);
   }
 }

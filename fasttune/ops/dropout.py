@@ -2,10 +2,11 @@
 
 Philox 4x32-10 (Salmon et al., SC 2011). With i the contiguous logical index of an element, 64 bits wide:
 
-    counter = (low 32 bits of i // 4, high 32 bits of i // 4, 0, 0)
+    counter = (low 32 bits of i // 8, high 32 bits of i // 8, 0, 0)
     key     = (low 32 bits of the seed, high 32 bits of the seed)
-    u       = word i % 4 of philox(counter, key)
-    kept if and only if u >= round(p * 2**32), ties to even
+    u       = the 16 bits number i % 8 of philox(counter, key): of its word i % 8 // 2 the low half
+              where i is even, the high half where i is odd
+    kept if and only if u >= round(p * 2**16), ties to even
 
 so strides, threads, tiling and device do not change a mask. `csrc/philox.h` says the same in C++.
 """
@@ -28,7 +29,9 @@ def dropout(x: Tensor, p: float, *, training: bool) -> Tensor:
     """Zero each element with probability p and scale the others by 1 / (1 - p).
 
     x: any shape, strided or not, empty or not; float64, float32, float16 or bfloat16.
-    p: in [0, 1]; taken to a multiple of 2**-32 for the mask, as it is for the scale.
+    p: in [0, 1]. The mask takes it to the nearest multiple of 2**-16, the scale as it is: kept elements are
+        x / (1 - p), and the result's expectation is x to a relative 2**-17 / (1 - p) at most. At the ends a p up
+        to 2**-17 drops nothing (yet scales), one from 1 - 2**-17 on drops everything.
     training: if false, or if p is 0, x itself is returned.
 
     Returns a contiguous tensor of x's shape and dtype. Kept values are scaled in float32 (float64 for float64)
@@ -84,13 +87,18 @@ def philox_reference(counters: Tensor, seed: int) -> Tensor:
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
+def drawn_reference(draws: Tensor, seed: int) -> Tensor:
+    """draws [n], int64 -> the 16 bits of elements 8 * draw .. 8 * draw + 7 of each, [8 n], int64."""
+    zero = torch.zeros_like(draws)
+    words = philox_reference(torch.stack((draws & _LOW, draws >> 32, zero, zero), dim=-1), seed)
+    return torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten()
+
+
 def mask_reference(shape: torch.Size, p: float, seed: Tensor) -> Tensor:
     """The mask, bool of that shape on CPU: true where an element is kept."""
     n = shape.numel()
-    quad = torch.arange((n + 3) // 4, dtype=torch.int64)
-    zero = torch.zeros_like(quad)
-    words = philox_reference(torch.stack((quad & _LOW, quad >> 32, zero, zero), dim=-1), int(seed))
-    return words.flatten()[:n].view(shape) >= round(p * 2**32)
+    drawn = drawn_reference(torch.arange((n + 7) // 8, dtype=torch.int64), int(seed))
+    return drawn[:n].view(shape) >= round(p * 2**16)
 
 
 def dropout_reference(x: Tensor, p: float, seed: Tensor) -> Tensor:

@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fasttune.ops import dropout, library
@@ -50,12 +52,73 @@ def test_header_gives_the_published_numbers(counter, key, answer):
     assert library._C.philox4x32_10(words(counter), words(key)) == words(answer)
 
 
-def test_mask_is_the_documented_function_of_seed_and_index():
-    low, high = int(SEED) & 0xFFFFFFFF, (int(SEED) >> 32) & 0xFFFFFFFF
-    mask = mask_reference(torch.Size([3, 7]), 0.3, SEED).flatten()
-    for i in range(21):
-        u = philox_reference(torch.tensor([[i // 4, 0, 0, 0]]), high << 32 | low)[0, i % 4]
-        assert bool(mask[i]) == (int(u) >= round(0.3 * 2**32))
+def drawn(seed: int, n: int, first: int = 0) -> np.ndarray:
+    """The 16 bits of elements first .. first + n - 1, in numpy: unsigned numbers, and the words' bytes reread."""
+    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    draw = np.arange(first // 8, (first + n + 7) // 8, dtype=np.uint64)
+    c = [draw & low, draw >> half, 0 * draw, 0 * draw]
+    for turn in range(10):
+        key = [(seed + turn * 0x9E3779B9) & 0xFFFFFFFF, ((seed >> 32) + turn * 0xBB67AE85) & 0xFFFFFFFF]
+        left, right = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        c = [
+            right >> half ^ c[1] ^ np.uint64(key[0]),
+            right & low,
+            left >> half ^ c[3] ^ np.uint64(key[1]),
+            left & low,
+        ]
+    return np.stack(c, axis=-1).astype("<u4").view("<u2").ravel()[first % 8 :][:n]
+
+
+def kept_by_each(p: float, seed: Tensor, n: int) -> list[Tensor]:
+    """The mask by the reference and, where there is one, by the kernel."""
+    masks = [mask_reference(torch.Size([n]), p, seed)]
+    return masks if library._C is None else [*masks, dropout_seeded(torch.ones(n), p, seed) != 0]
+
+
+@pytest.mark.parametrize("element", range(8))
+def test_sixteen_bits_are_taken_from_the_published_numbers_in_order(element):
+    word = words(KNOWN[0][2])[element // 2]
+    u = word & 0xFFFF if element % 2 == 0 else word >> 16
+    for threshold, kept in ((u, True), (u + 1, False)):
+        for mask in kept_by_each(threshold / 2**16, torch.tensor(0), 8):
+            assert bool(mask[element]) == kept
+
+
+@pytest.mark.parametrize(
+    ("p", "threshold"),
+    [
+        (0.3, 19661),  # 19660.8
+        (2**-17, 0),  # 0.5
+        (3 * 2**-17, 2),  # 1.5
+        (1 - 3 * 2**-17, 65534),  # 65534.5
+        (1 - 1.01 * 2**-17, 65535),
+        (1 - 2**-17, 65536),  # 65535.5
+    ],
+)
+def test_mask_is_the_documented_function_of_seed_and_index(p, threshold):
+    n = 2**20 + 5
+    expected = torch.from_numpy(drawn(int(SEED), n) >= threshold)
+    assert expected.all() == (threshold == 0)
+    assert expected.any() == (threshold < 65536)
+    for mask in kept_by_each(p, SEED, n):
+        assert torch.equal(mask, expected)
+
+
+@pytest.mark.parametrize("p", [2**-17, 3 * 2**-17, 0.3, 1 - 1.01 * 2**-17])
+def test_scale_is_that_of_p_itself(p):
+    n = 2**20
+    y = dropout_seeded(torch.ones(n, dtype=torch.float64), p, SEED)
+    assert set(y.unique().tolist()) <= {0.0, 1 / (1 - p)}
+    assert (y != 0).any()
+
+
+@needs_kernel
+@pytest.mark.parametrize("first", [0, 8, 13, 2**32 - 500, 2**35 - 500, 2**35 - 3, 2**35, 2**60 + 7])
+def test_kernel_draws_from_any_element_on(first):
+    for n in (1, 3, 999):
+        expected = drawn(int(SEED), n, first) >= 19661
+        assert library._C.draw_mask(int(SEED), first, n, 0.3) == expected.tolist()
+        assert not any(library._C.draw_mask(int(SEED), first, n, 1.0))
 
 
 @needs_kernel
@@ -91,6 +154,7 @@ for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
     y = torch.ops.fasttune.dropout_seeded(x.to(dtype), 0.1, torch.tensor(77))
     torch.ops.fasttune.dropout_add_(y, x.to(dtype), 0.4, torch.tensor(78))
     out.update(y.view(torch.uint8).numpy().tobytes())
+out.update(bytes(fasttune.ops.library._C.draw_mask(77, 2**35 - 501, 1000, 0.4)))
 print(fasttune.ops.build_info()["cpu"], out.hexdigest())
 """
 
@@ -103,6 +167,7 @@ def test_every_instruction_set_gives_the_same_bits():
         y = dropout_reference(x.to(dtype), 0.1, torch.tensor(77))
         dropout_add_reference_(y, x.to(dtype), 0.4, torch.tensor(78))
         expected.update(y.view(torch.uint8).numpy().tobytes())
+    expected.update((drawn(77, 1000, 2**35 - 501) >= 26214).tobytes())
     runs = [
         subprocess.Popen(
             [sys.executable, "-c", DIGEST],
@@ -149,7 +214,8 @@ def test_masks_of_seeds_rows_and_neighbours_are_independent():
     p, shape = 0.3, (256, 1024)
     one, two = (dropout_seeded(torch.ones(shape), p, torch.tensor(seed)) > 0 for seed in (1, 2))
     far = dropout_seeded(torch.ones(shape), p, torch.tensor(1 + 2**32)) > 0
-    pairs = [(one, two), (one, far), (one[:-1], one[1:]), (one[:, :-1], one[:, 1:]), (one[:, :-4], one[:, 4:])]
+    pairs = [(one, two), (one, far), (one[:-1], one[1:])]
+    pairs += [(one[:, :-by], one[:, by:]) for by in (1, 2, 4, 8)]
     for left, right in pairs:
         n, both = left.numel(), (1 - p) ** 2
         agree = (left & right).sum().item()

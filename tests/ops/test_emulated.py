@@ -264,7 +264,7 @@ def test_no_rows(emulated):
 
 @pytest.mark.parametrize("dtype", EVERY, ids=str)
 @pytest.mark.parametrize("n", [1, 3, 8, 252, 4097, 9000])
-@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("p", [0.0, 1e-6, 0.3, 1 - 1e-6, 1.0])
 def test_dropout_is_the_reference_bitwise(emulated, n, dtype, p):
     x = random(1, n, dtype=dtype)
     seed = torch.tensor(SEED)

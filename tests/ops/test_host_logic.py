@@ -135,6 +135,6 @@ def test_plans(emulated, columns, size, max_cluster, expected):
 def test_keys_of_a_kernel_give_the_same_words(emulated, seed, first):
     found = torch.empty(5, 4, dtype=torch.int32)
     emulated.philox_words(ctypes.c_uint64(seed), ctypes.c_uint64(first), 5, found)
-    quads = torch.arange(first, first + 5)
-    counters = torch.stack((quads & 0xFFFFFFFF, quads >> 32, 0 * quads, 0 * quads), -1)
+    draws = torch.arange(first, first + 5)
+    counters = torch.stack((draws & 0xFFFFFFFF, draws >> 32, 0 * draws, 0 * draws), -1)
     assert torch.equal(found.long() & 0xFFFFFFFF, philox_reference(counters, seed - 2**64 * (seed >= 2**63)))
