@@ -129,7 +129,7 @@ struct RowKernel {
     }
     float sum[kRows];
     for (int r = 0; r < kRows; ++r) sum[r] = V::sum(sums[r]);
-    for (int64_t j = 0; j < s.keys; j += kWidth) {
+    for (int64_t j = 0; j < s.stride; j += kWidth) {
       F dscores[2] = {};
       for (int r = 0; r < kRows; ++r) {
         const int64_t at = r * s.stride + j;

@@ -57,22 +57,34 @@ struct Pack {
   using U = typename V::U;
   using H = typename V::H;
 
-  // All heads' rows below each other, with zeros up to the padded width and number of rows.
+  // All heads' rows below each other, with zeros up to the padded width and number of rows. A cache
+  // line's columns of all rows come first: a load of constant stride is what processors prefetch.
   static FASTTUNE_INLINE void gather(const Heads<T>& from, int64_t padded_rows,
                                      int64_t padded_width, T* rows) {
-    T* to = rows;
+    constexpr int64_t kLine = 64 / sizeof(T);
+    int64_t j = 0;
+    for (; j + kLine <= from.width; j += kLine) gather_columns<kLine>(from, j, padded_width, rows);
+    for (; j + kMultiple <= from.width; j += kMultiple) {
+      gather_columns<kMultiple>(from, j, padded_width, rows);
+    }
+    for (; j < from.width; ++j) gather_columns<1>(from, j, padded_width, rows);
+    const int64_t n = from.heads * from.length;
+    for (int64_t r = 0; j < padded_width && r < n; ++r) {
+      clear(rows + r * padded_width + j, padded_width - j);
+    }
+    clear(rows + n * padded_width, (padded_rows - n) * padded_width);
+  }
+
+  template <int64_t kColumns>
+  static FASTTUNE_INLINE void gather_columns(const Heads<T>& from, int64_t j, int64_t padded_width,
+                                             T* rows) {
+    T* to = rows + j;
     for (int64_t head = 0; head < from.heads; ++head) {
-      const T* row = from.data + head * from.head_stride;
+      const T* row = from.data + head * from.head_stride + j;
       for (int64_t i = 0; i < from.length; ++i, row += from.row_stride, to += padded_width) {
-        int64_t j = 0;
-        for (; j + kMultiple <= from.width; j += kMultiple) {
-          std::memcpy(static_cast<void*>(to + j), row + j, kMultiple * sizeof(T));
-        }
-        for (; j < from.width; ++j) to[j] = row[j];
-        for (; j < padded_width; ++j) to[j] = static_cast<T>(0.0f);
+        std::memcpy(static_cast<void*>(to), row, kColumns * sizeof(T));
       }
     }
-    clear(to, rows + padded_rows * padded_width - to);
   }
 
   static FASTTUNE_INLINE void clear(T* to, int64_t n) {
