@@ -21,8 +21,8 @@ struct ScoreRows {
   float* stats;     // [count, 2]: maximum, 1 / sum of exp(score - maximum)
   const uint16_t* kept;  // bit `skip` is the first row's first element; null without dropout
   int64_t skip;
-  const char* mask;    // of row 0 of the key head: added to the scaled scores, float or T; or null
-  int64_t head_bytes;  // from query head to query head of the mask
+  const char* mask;     // of row 0 of the key head: added to the scaled scores, float or T; or null
+  int64_t head_bytes;   // from query head to query head of the mask
   int64_t query_bytes;  // from query to query
   int64_t queries;
   bool mask_is_float;
@@ -166,8 +166,7 @@ struct RowKernel {
     if (s.mask == nullptr) return;
     for (int r = 0; r < kRows; ++r) {
       const int64_t row = s.first + first + r;
-      const char* from =
-          s.mask + row / s.queries * s.head_bytes + row % s.queries * s.query_bytes;
+      const char* from = s.mask + row / s.queries * s.head_bytes + row % s.queries * s.query_bytes;
       if (from == masked_as[r]) continue;
       masked_as[r] = from;
       float* to = s.mask_rows + r * s.stride;

@@ -10,6 +10,7 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -20,8 +21,16 @@ namespace fasttune::cpu {
 template <typename T>
 void small_product(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_stride, const T* b,
                    int64_t b_stride, float* c, int64_t c_stride, bool add) {
-  at::native::cpublas::brgemm(m, n, k, a_stride, b_stride, c_stride, add, a, b, c,
-                              !std::is_same_v<T, float>);
+  if constexpr (std::is_same_v<T, float>) {
+    // One sum of many terms loses the last digits: parts of it are summed apart.
+    constexpr int64_t kPart = 128;
+    for (int64_t i = 0; i < k; i += kPart) {
+      at::native::cpublas::brgemm(m, n, std::min(kPart, k - i), a_stride, b_stride, c_stride,
+                                  add || i > 0, a + i, b + i * b_stride, c, false);
+    }
+  } else {
+    at::native::cpublas::brgemm(m, n, k, a_stride, b_stride, c_stride, add, a, b, c, true);
+  }
 }
 
 // To be called by a thread that is done with products of T: AMX has a state to give back.

@@ -1,7 +1,7 @@
 // A few floats at a time, in the vectors that GCC and Clang provide on every machine: one source,
 // instantiated with the width of each instruction set. Each operation is an IEEE one and lane by
 // lane, and nothing is contracted (setup.py: -ffp-contract=off), so every width gives the same
-// bits.
+// bits. Attention is the exception: there, multiplies and adds are fused where that exists.
 //
 // All of it is inlined into functions that name their instruction set: a vector must never be an
 // argument of a real call, whose ABI would depend on that set.
