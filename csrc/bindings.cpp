@@ -9,6 +9,8 @@
 
 #include "cpu/allocator.h"
 #include "cpu/kernels.h"
+#include "cpu/products.h"
+#include "cpu/vector.h"
 #include "philox.h"
 #ifdef FASTTUNE_CUDA
 #include "bindings_cuda.h"
@@ -56,6 +58,15 @@ py::dict build_info() {
   return info;
 }
 
+std::vector<std::string> attention_types() {
+  std::vector<std::string> types;
+#ifdef FASTTUNE_VECTORS
+  if (cpu::has_attention(at::kFloat)) types.emplace_back("float32");
+  if (cpu::has_attention(at::kBFloat16)) types.emplace_back("bfloat16");
+#endif
+  return types;
+}
+
 }  // namespace
 
 #ifndef FASTTUNE_CUDA
@@ -67,6 +78,8 @@ void raise_pending() {}
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &fasttune::build_info,
         "What was compiled: compiler, torch, revision, cuda, architectures, cpu, openmp.");
+  m.def("attention_types", &fasttune::attention_types,
+        "The types, by their names in torch, that CPU attention has a kernel for on this machine.");
   m.def("keep_memory", &fasttune::cpu::keep_memory,
         "Larger CPU tensors keep their pages from now on; False where that is impossible.");
   m.def("keeps_memory", &fasttune::cpu::keeps_memory, "Whether they do.");

@@ -1,18 +1,19 @@
-// Attention on CPU, a few heads at a time: PyTorch's batched products, and between them the softmax
-// with its dropout over scores that are still in the second-level cache. Nothing of size queries x
-// keys leaves a thread; the backward computes the scores again.
+// Attention on CPU: for one key head of a batch row at a time, and a block of its rows of scores,
+// oneDNN's products of small matrices and between them the softmax with its dropout. Scores are
+// float32 and stay in the second-level cache; nothing of size queries x keys leaves a thread; the
+// backward computes the scores again.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <string>
-#include <tuple>
-#include <vector>
 
+#include "attention_rows.h"
+#include "brgemm.h"
 #include "kernels.h"
+#include "pack.h"
 #include "products.h"
 #include "vector.h"
 
@@ -20,27 +21,38 @@
 
 #if defined(__x86_64__)
 #define FASTTUNE_X86 1
-#define FASTTUNE_AVX2 __attribute__((target("avx2,fma")))
-#define FASTTUNE_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+// Multiplies and adds are fused here, unlike elsewhere (setup.py): exp is half of what the rows
+// cost, and a fifth of the whole is won. Clang has no such attribute, and goes without.
+#ifdef __clang__
+#define FASTTUNE_FUSED
+#else
+#define FASTTUNE_FUSED optimize("fp-contract=fast"),
+#endif
+#define FASTTUNE_AVX2 __attribute__((FASTTUNE_FUSED target("avx2,fma")))
+#define FASTTUNE_AVX512 \
+  __attribute__((FASTTUNE_FUSED target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 #endif
 
 namespace fasttune::cpu {
 namespace {
 
-constexpr int64_t kScoreBytes =
-    384 * 1024;                        // of one block of scores: two of them fit a cache of 1 MB
-constexpr int64_t kMultiple = kGroup;  // odd sizes make oneDNN's products up to three times slower
+constexpr int64_t kBlockScores = 48 * 1024;  // of 10 or 12 bytes each: half a cache of 1 MB
 
-int64_t round_up(int64_t n) { return (n + kMultiple - 1) / kMultiple * kMultiple; }
-
-// b: batch rows. g: query heads that share one key head. q, k: queries and keys. d: width of a
-// head.
+// A unit is a key head of a batch row with the query heads that share it: unit b * key_heads +
+// head. Its rows are those of its scores, query head by query head.
 struct Shape {
-  int64_t b, key_heads, g, q, k, d;
-  int64_t rows() const { return g * q; }  // of scores, a key head
+  int64_t b, key_heads, heads_a_key, queries, keys, width;
+  int64_t units() const { return b * key_heads; }
+  int64_t rows() const { return heads_a_key * queries; }
   int64_t padded_rows() const { return round_up(rows()); }
-  int64_t padded_keys() const { return round_up(k); }
-  int64_t heads() const { return key_heads * g; }
+  int64_t padded_keys() const { return round_up(keys); }
+  int64_t padded_width() const { return std::max(round_up(width), kMultiple); }
+  // Of a block; all but the last are as long.
+  int64_t block_rows() const {
+    const int64_t fitting = std::max(kBlockScores / padded_keys() / kMultiple, int64_t{1});
+    const int64_t blocks = (padded_rows() / kMultiple + fitting - 1) / fitting;
+    return blocks == 0 ? 0 : round_up((rows() + blocks - 1) / blocks);
+  }
 };
 
 Shape shape_of(const at::Tensor& query, const at::Tensor& key) {
@@ -48,376 +60,302 @@ Shape shape_of(const at::Tensor& query, const at::Tensor& key) {
           query.size(2), key.size(2), query.size(3)};
 }
 
-// A unit is a key head of a batch row, with the query heads that share it; unit b * key_heads +
-// head. Units a block holds, and how many blocks cover all.
-struct Blocks {
-  int64_t units, count;
-};
-
-Blocks blocks_of(const Shape& s, int64_t item) {
-  const int64_t all = s.b * s.key_heads;
-  const int64_t bytes = s.padded_rows() * s.padded_keys() * item;
-  const int64_t fitting = std::max<int64_t>(1, kScoreBytes / std::max<int64_t>(bytes, 1));
-  // As many blocks as threads can share evenly, and as even as they can be.
-  const int64_t threads = at::get_num_threads();
-  const int64_t count = ((all + fitting - 1) / fitting + threads - 1) / threads * threads;
-  const int64_t units = count == 0 ? 0 : (all + count - 1) / count;
-  return {units, units == 0 ? 0 : (all + units - 1) / units};
-}
-
-// Inlined, unlike memcpy of a few bytes that the compiler doesn't know.
-template <typename T>
-void copy_row(T* out, const T* in, int64_t width) {
-  constexpr int64_t kPart = 32 / sizeof(T);
-  int64_t i = 0;
-  for (; i + kPart <= width; i += kPart) std::memcpy(static_cast<void*>(out + i), in + i, 32);
-  for (; i < width; ++i) out[i] = in[i];
-}
-
-// The rows of a unit in `whole` [b, key heads * g, length, width], of any strides but a unit one
-// for the width, beside those in `dense` [units, padded g * length, width]: body(row of whole, of
-// dense).
-template <typename T, typename Body>
-void each_row(const at::Tensor& whole, const at::Tensor& dense, int64_t first, int64_t units,
-              int64_t g, const Body& body) {
-  const int64_t key_heads = whole.size(1) / g, length = whole.size(2), width = whole.size(3);
-  const int64_t row_stride = whole.stride(2), head_stride = whole.stride(1);
-  T* const base = static_cast<T*>(whole.data_ptr());
-  for (int64_t unit = first; unit < first + units; ++unit) {
-    T* row = static_cast<T*>(dense.data_ptr()) + (unit - first) * dense.size(1) * width;
-    T* head = base + unit / key_heads * whole.stride(0) + unit % key_heads * g * head_stride;
-    for (int64_t j = 0; j < g; ++j, head += head_stride) {
-      for (int64_t i = 0; i < length; ++i, row += width) body(head + i * row_stride, row);
-    }
-  }
-}
-
-// Zeros in the padding.
-template <typename T>
-void pack(const at::Tensor& whole, const at::Tensor& dense, int64_t first, int64_t units,
-          int64_t g) {
-  const int64_t width = whole.size(3), filled = g * whole.size(2) * width;
-  const int64_t unit = dense.size(1) * width;
-  each_row<T>(whole, dense, first, units, g,
-              [width](const T* from, T* to) { copy_row(to, from, width); });
-  for (int64_t u = 0; u < units; ++u) {
-    T* to = static_cast<T*>(dense.data_ptr()) + u * unit;
-    std::fill(to + filled, to + unit, static_cast<T>(0.0f));
-  }
-}
-
-template <typename T>
-void unpack(const at::Tensor& dense, const at::Tensor& whole, int64_t first, int64_t units,
-            int64_t g) {
-  const int64_t width = whole.size(3);
-  each_row<T>(whole, dense, first, units, g,
-              [width](T* to, const T* from) { copy_row(to, from, width); });
-}
-
-// What the rows of one block need; dense buffers are [key heads, padded rows, padded keys or
-// width].
-template <typename T>
-struct Rows {
-  int64_t first, units;  // of the block
-  T* scores;             // raw on entry; the dropped weights afterwards
-  T* dweights;  // null in the forward; the gradient of the dropped weights, then of the raw scores
-  const char* mask;  // added to the scaled scores, or null: float or T, strides in bytes
-  float* mask_row;   // [padded keys]: the mask of one row, 0 without one; -inf in the padding
-  int64_t mask_batch, mask_head, mask_query;
-  bool mask_is_float;
-  const uint16_t* kept;  // bit `skip` is the block's first element; null without dropout
-  int64_t skip;
-  float scale, keep_scale;  // of the scores; 1 / (1 - p)
-  float *wide, *incoming;   // [padded keys] each, one row's
-  float* stats;  // [heads x queries, 2]: the maximum, and 1 / sum of exp(score - maximum)
-};
-
-// The rows of scores of one block, in groups of sixteen lanes, each a few vectors wide.
+// A thread's buffers, and the steps on a unit. Operands have the forms of pack.h.
 template <int kWidth, typename T>
-struct RowKernel {
-  using V = Vector<kWidth>;
-  using F = typename V::F;
-  using U = typename V::U;
-  static constexpr int kParts = kGroup / kWidth;
+struct Worker {
+  using P = Pack<kWidth, T>;
 
-  const Shape& s;
-  const Rows<T>& rows;
-
-  // kWidth bits from bit i on; the other lanes of v become 0.
-  FASTTUNE_INLINE F where_kept(int64_t i, F v) const {
-    uint32_t word;
-    std::memcpy(&word, reinterpret_cast<const char*>(rows.kept) + i / 8, sizeof word);
-    U bit;
-    for (int lane = 0; lane < kWidth; ++lane) bit[lane] = 1u << lane;
-    return ((U{} + (word >> (i % 8))) & bit) != 0u ? v : F{};
-  }
-
-  FASTTUNE_INLINE F score(const T* scores, int64_t j) const {
-    return V::load(scores + j) * rows.scale + V::load(rows.mask_row + j);
-  }
-
-  FASTTUNE_INLINE void softmax(T* scores, int64_t bit, float* stats) const {
-    F top[kParts], sum[kParts] = {};
-    for (int p = 0; p < kParts; ++p) top[p] = V::all(-INFINITY);
-    for (int64_t j = 0; j < s.k; j += kGroup) {
-      for (int p = 0; p < kParts; ++p) {
-        const int64_t at = j + p * kWidth;
-        const F v = score(scores, at);
-        V::store(rows.wide + at, v);
-        top[p] = V::larger(v, top[p]);
-      }
-    }
-    const float max = V::largest(top);
-    for (int64_t j = 0; j < s.k; j += kGroup) {
-      for (int p = 0; p < kParts; ++p) {
-        const int64_t at = j + p * kWidth;
-        const F e = V::exp(V::load(rows.wide + at) - max);
-        V::store(rows.wide + at, e);
-        sum[p] += e;
-      }
-    }
-    const float inverse = 1.0f / V::sum(sum);
-    stats[0] = max;
-    stats[1] = inverse;
-    const float factor = inverse * rows.keep_scale;
-    for (int64_t j = 0; j < s.k; j += kWidth) {
-      F weight = V::load(rows.wide + j) * factor;
-      if (rows.kept != nullptr) weight = where_kept(bit + j, weight);
-      V::store(scores + j, weight);
-    }
-  }
-
-  // w: weight, m: mask / (1 - p), dw: the gradient of m w. That of a raw score is
-  // scale w (m dw - sum over the row of w m dw). The sum is also the row's out . dout, but only by
-  // its own rounded terms does the difference vanish where one weight is nearly 1.
-  FASTTUNE_INLINE void softmax_backward(T* scores, T* dweights, int64_t bit,
-                                        const float* stats) const {
-    F sums[kParts] = {};
-    for (int64_t j = 0; j < s.k; j += kGroup) {
-      for (int p = 0; p < kParts; ++p) {
-        const int64_t at = j + p * kWidth;
-        const F weight = V::exp(score(scores, at) - stats[0]) * stats[1];
-        F dropped = weight, incoming = V::load(dweights + at);
-        if (rows.kept != nullptr) {
-          dropped = where_kept(bit + at, weight * rows.keep_scale);
-          incoming = where_kept(bit + at, incoming * rows.keep_scale);
-        }
-        sums[p] += weight * incoming;
-        V::store(scores + at, dropped);
-        V::store(rows.wide + at, weight);
-        V::store(rows.incoming + at, incoming);
-      }
-    }
-    const float sum = V::sum(sums);
-    for (int64_t j = 0; j < s.k; j += kWidth) {
-      const F weight = V::load(rows.wide + j), incoming = V::load(rows.incoming + j);
-      V::store(dweights + j, weight * rows.scale * (incoming - sum));
-    }
-  }
-
-  FASTTUNE_INLINE void load_mask(const char* mask) const {
-    if (rows.mask_is_float) {
-      std::memcpy(rows.mask_row, mask, s.k * sizeof(float));
-    } else {
-      const T* narrow = reinterpret_cast<const T*>(mask);
-      for (int64_t j = 0; j < s.k; ++j) rows.mask_row[j] = static_cast<float>(narrow[j]);
-    }
-  }
-
-  // Units inside, queries outside: the heads of a batch row mostly share the row of the mask.
-  FASTTUNE_INLINE void run() const {
-    const char* masked_as = nullptr;
-    for (int64_t r = 0; r < s.rows(); ++r) {
-      for (int64_t u = 0; u < rows.units; ++u) {
-        const int64_t at = u * s.padded_rows() + r, row = u * s.rows() + r;
-        if (rows.mask != nullptr) {
-          const char* mask = mask_of(rows.first + u, r);
-          if (mask != masked_as) load_mask(mask);
-          masked_as = mask;
-        }
-        T* scores = rows.scores + at * s.padded_keys();
-        const int64_t bit = rows.skip + row * s.k;
-        float* stats = rows.stats + 2 * row;
-        if (rows.dweights == nullptr) {
-          softmax(scores, bit, stats);
-        } else {
-          softmax_backward(scores, rows.dweights + at * s.padded_keys(), bit, stats);
-        }
-      }
-    }
-  }
-
-  FASTTUNE_INLINE const char* mask_of(int64_t unit, int64_t r) const {
-    const int64_t head = unit % s.key_heads * s.g + r / s.q;
-    return rows.mask + unit / s.key_heads * rows.mask_batch + head * rows.mask_head +
-           r % s.q * rows.mask_query;
-  }
-};
-
-template <typename T>
-using AllRows = void (*)(const Shape&, const Rows<T>&);
-
-template <typename T>
-void all_rows_default(const Shape& s, const Rows<T>& rows) {
-  RowKernel<4, T>{s, rows}.run();
-}
-
-#ifdef FASTTUNE_X86
-template <typename T>
-FASTTUNE_AVX2 void all_rows_avx2(const Shape& s, const Rows<T>& rows) {
-  RowKernel<8, T>{s, rows}.run();
-}
-
-template <typename T>
-FASTTUNE_AVX512 void all_rows_avx512(const Shape& s, const Rows<T>& rows) {
-  RowKernel<16, T>{s, rows}.run();
-}
-#endif
-
-template <typename T>
-AllRows<T> all_rows_here() {
-#ifdef FASTTUNE_X86
-  const std::string name = capability();
-  if (name == "avx512") return all_rows_avx512<T>;
-  if (name == "avx2") return all_rows_avx2<T>;
-#endif
-  return all_rows_default<T>;
-}
-
-// A thread's buffers for one block, and which block: units [first, first + units).
-template <typename T>
-struct Block {
   const AttentionCall& call;
   const Shape s;
-  const Blocks blocks;
-  at::Tensor q, k, v, out, scores;
-  std::vector<uint16_t> bits;
-  std::vector<float> wide, incoming, mask_row;
-  const AllRows<T> kernel = all_rows_here<T>();
-  int64_t first = 0, units = 0;
+  const int64_t rows = s.padded_rows(), keys = s.padded_keys(), width = s.padded_width();
+  const int64_t block_rows = s.block_rows();
+  const float keep_scale = call.p < 1 ? static_cast<float>(1.0 / (1.0 - call.p)) : 0.0f;
+  Buffer<T> q{rows * width}, k_turned{keys * width}, packing{std::max(rows, keys) * width};
+  Buffer<float> scores{block_rows * keys}, result{std::max(block_rows, keys) * width};
+  Buffer<float> mask_rows{2 * keys};
+  Buffer<uint16_t> bits{call.p > 0 ? (block_rows * s.keys + kDrawSlack) / 16 : 0};
 
-  Block(const AttentionCall& attention, const Shape& shape, const Blocks& all_blocks)
-      : call(attention),
-        s(shape),
-        blocks(all_blocks),
-        wide(s.padded_keys()),
-        incoming(s.padded_keys()),
-        mask_row(s.padded_keys()) {
-    std::fill(mask_row.begin() + s.k, mask_row.end(), -INFINITY);
-    q = buffer(s.padded_rows(), s.d);
-    k = buffer(s.padded_keys(), s.d);
-    v = buffer(s.padded_keys(), s.d);
-    out = buffer(s.padded_rows(), s.d);
-    scores = buffer(s.padded_rows(), s.padded_keys());
-    if (call.p > 0) bits.resize((blocks.units * s.rows() * s.k + kDrawSlack) / 16);
+  FASTTUNE_INLINE explicit Worker(const AttentionCall& attention)
+      : call(attention), s(shape_of(attention.query, attention.key)) {
+    for (int64_t j = 0; j < 2 * keys; ++j) mask_rows[j] = j % keys < s.keys ? 0.0f : -INFINITY;
   }
 
-  at::Tensor buffer(int64_t rows, int64_t width) const {
-    return at::empty({blocks.units, rows, width}, call.query.options());
+  // What a unit has of a tensor [b, heads, length, width].
+  FASTTUNE_INLINE Heads<T> part(const at::Tensor& whole, int64_t unit) const {
+    const int64_t heads = whole.size(1) / s.key_heads;
+    const int64_t head = unit % s.key_heads * heads;
+    T* const data = static_cast<T*>(whole.data_ptr()) + unit / s.key_heads * whole.stride(0) +
+                    head * whole.stride(1);
+    return {data, heads, whole.stride(1), whole.size(2), whole.stride(2), whole.size(3)};
   }
 
-  void load(int64_t block) {
-    first = block * blocks.units;
-    units = std::min(blocks.units, s.b * s.key_heads - first);
-    pack(call.query, q, s.g);
-    pack(call.key, k, 1);
-    pack(call.value, v, 1);
+  FASTTUNE_INLINE void load_rows(const at::Tensor& whole, int64_t unit, int64_t length,
+                                 T* to) const {
+    P::gather(part(whole, unit), length, width, to);
   }
 
-  void pack(const at::Tensor& whole, const at::Tensor& dense, int64_t g) const {
-    cpu::pack<T>(whole, dense, first, units, g);
+  FASTTUNE_INLINE void prefetch(const at::Tensor& whole, int64_t unit) const {
+    if (unit + 1 < s.units()) P::prefetch(part(whole, unit + 1));
   }
 
-  void unpack(const at::Tensor& dense, const at::Tensor& whole, int64_t g) const {
-    cpu::unpack<T>(dense, whole, first, units, g);
+  // From rows [length, width] to the other forms.
+  FASTTUNE_INLINE void pair(const T* from, int64_t length, T* to) const {
+    P::pair(from, length, width, to);
+  }
+  FASTTUNE_INLINE void turn_rows(const T* from, int64_t length, T* to) const {
+    P::turn(from, length, width / kItem<T>, to);
+  }
+  FASTTUNE_INLINE void turn_pairs(const T* from, int64_t length, T* to) const {
+    P::turn(from, length / kItem<T>, width, to);
   }
 
-  // result [units, n, m] = a [units, n, l] b [units, l, m]
-  void product(const at::Tensor& result, const at::Tensor& a, const at::Tensor& b) const {
-    if (units == blocks.units) {
-      at::bmm_out(const_cast<at::Tensor&>(result), a, b);
-    } else {
-      at::Tensor used = result.narrow(0, 0, units);
-      at::bmm_out(used, a.narrow(0, 0, units), b.narrow(0, 0, units));
-    }
-  }
-
-  void run_rows(const at::Tensor& dweights) {
-    const int64_t first_row = first * s.rows();
-    Rows<T> rows{};
-    rows.first = first;
-    rows.units = units;
-    rows.scores = scores.mutable_data_ptr<T>();
-    rows.stats = call.stats.mutable_data_ptr<float>() + 2 * first_row;
-    rows.wide = wide.data();
-    rows.incoming = incoming.data();
-    rows.mask_row = mask_row.data();
-    rows.scale = call.scale;
-    rows.keep_scale = 1.0f;
-    if (dweights.defined()) rows.dweights = dweights.mutable_data_ptr<T>();
+  // Rows [first, first + count) of a unit, with their mask drawn.
+  FASTTUNE_INLINE ScoreRows block(int64_t unit, int64_t first, int64_t count) const {
+    ScoreRows block{};
+    block.first = first;
+    block.count = count;
+    block.keys = s.keys;
+    block.stride = keys;
+    block.scale = call.scale;
+    block.scores = scores;
+    block.stats = call.stats.template mutable_data_ptr<float>() + 2 * (unit * s.rows() + first);
+    block.queries = s.queries;
+    block.mask_rows = mask_rows;
     if (call.mask.defined()) {
       const int64_t item = static_cast<int64_t>(call.mask.element_size());
-      rows.mask = static_cast<const char*>(call.mask.const_data_ptr());
-      rows.mask_batch = call.mask.stride(0) * item;
-      rows.mask_head = call.mask.stride(1) * item;
-      rows.mask_query = call.mask.stride(2) * item;
-      rows.mask_is_float = call.mask.scalar_type() == at::kFloat;
+      block.mask = static_cast<const char*>(call.mask.const_data_ptr()) +
+                   item * (unit / s.key_heads * call.mask.stride(0) +
+                           unit % s.key_heads * s.heads_a_key * call.mask.stride(1));
+      block.head_bytes = call.mask.stride(1) * item;
+      block.query_bytes = call.mask.stride(2) * item;
+      block.mask_is_float = call.mask.scalar_type() == at::kFloat;
     }
     if (call.p > 0) {
-      const uint64_t element = static_cast<uint64_t>(first_row) * static_cast<uint64_t>(s.k);
-      draw_mask(call.seed, element, units * s.rows() * s.k, call.p, bits.data());
-      rows.kept = bits.data();
-      rows.skip = static_cast<int64_t>(element % kElementsPerDraw);
-      rows.keep_scale = call.p < 1 ? static_cast<float>(1.0 / (1.0 - call.p)) : 0.0f;
+      const uint64_t element =
+          static_cast<uint64_t>(unit * s.rows() + first) * static_cast<uint64_t>(s.keys);
+      draw_mask(call.seed, element, count * s.keys, call.p, bits);
+      block.kept = bits;
+      block.skip = static_cast<int64_t>(element % kElementsPerDraw);
     }
-    kernel(s, rows);
+    return block;
   }
 };
+
+template <int kWidth, typename T>
+struct Forward : Worker<kWidth, T> {
+  using W = Worker<kWidth, T>;
+  using W::s, W::rows, W::keys, W::width, W::q, W::k_turned, W::packing, W::scores, W::result;
+  Buffer<T> v_pairs{keys * width};
+  const at::Tensor& out;
+
+  FASTTUNE_INLINE Forward(const AttentionCall& call, const at::Tensor& result)
+      : W(call), out(result) {}
+
+  FASTTUNE_INLINE void run(int64_t unit) const {
+    W::load_rows(W::call.query, unit, rows, q);
+    W::load_rows(W::call.key, unit, keys, packing);
+    W::turn_rows(packing, keys, k_turned);
+    if constexpr (kItem<T> == 2) {
+      W::load_rows(W::call.value, unit, keys, packing);
+      W::pair(packing, keys, v_pairs);
+    } else {
+      W::load_rows(W::call.value, unit, keys, v_pairs);
+    }
+    W::prefetch(W::call.query, unit);
+    W::prefetch(W::call.key, unit);
+    W::prefetch(W::call.value, unit);
+    const Heads<T> to = W::part(out, unit);
+    for (int64_t first = 0; first < s.rows(); first += W::block_rows) {
+      const int64_t count = std::min(W::block_rows, s.rows() - first), padded = round_up(count);
+      const T* const block_q = q + first * width;
+      small_product<T>(padded, keys, width, block_q, width, k_turned, keys, scores, keys, false);
+      const ScoreRows block = W::block(unit, first, count);
+      RowKernel<kWidth, T>{block}.softmax();
+      const T* const weights = reinterpret_cast<const T*>(static_cast<float*>(scores));
+      small_product<T>(padded, width, keys, weights, keys * kItem<T>, v_pairs, width, result, width,
+                       false);
+      const auto factor = [&](int64_t r)
+                              FASTTUNE_LAMBDA { return block.stats[2 * r + 1] * W::keep_scale; };
+      W::P::scatter(result, width, first, count, factor, to);
+    }
+  }
+};
+
+template <int kWidth, typename T>
+struct Backward : Worker<kWidth, T> {
+  using W = Worker<kWidth, T>;
+  using W::s, W::rows, W::keys, W::width, W::q, W::k_turned, W::packing, W::scores, W::result;
+  Buffer<T> k_pairs{keys * width}, v_turned{keys * width};
+  Buffer<T> q_turned{rows * width}, dout_rows{rows * width}, dout_turned{rows * width};
+  Buffer<T> weights{W::block_rows * keys};
+  Buffer<float> dweights{W::block_rows * keys}, dk_turned{keys * width}, dv_turned{keys * width};
+  const at::Tensor &dout, &dq, &dk, &dv;
+
+  FASTTUNE_INLINE Backward(const AttentionCall& call, const at::Tensor& incoming,
+                           const at::Tensor& of_q, const at::Tensor& of_k, const at::Tensor& of_v)
+      : W(call), dout(incoming), dq(of_q), dk(of_k), dv(of_v) {}
+
+  FASTTUNE_INLINE void load(int64_t unit) const {
+    T* const staged = packing;
+    W::load_rows(W::call.query, unit, rows, q);
+    W::load_rows(dout, unit, rows, dout_rows);
+    W::load_rows(W::call.value, unit, keys, staged);
+    W::turn_rows(staged, keys, v_turned);
+    if constexpr (kItem<T> == 2) {
+      W::load_rows(W::call.key, unit, keys, staged);
+      W::turn_rows(staged, keys, k_turned);
+      W::pair(staged, keys, k_pairs);
+      W::pair(q, rows, staged);
+      W::turn_pairs(staged, rows, q_turned);
+      W::pair(dout_rows, rows, staged);
+      W::turn_pairs(staged, rows, dout_turned);
+    } else {
+      W::load_rows(W::call.key, unit, keys, k_pairs);
+      W::turn_rows(k_pairs, keys, k_turned);
+      W::turn_pairs(q, rows, q_turned);
+      W::turn_pairs(dout_rows, rows, dout_turned);
+    }
+  }
+
+  // dV and dK are summed over the blocks of rows, transposed: [width, keys].
+  FASTTUNE_INLINE void run(int64_t unit) const {
+    load(unit);
+    W::prefetch(W::call.query, unit);
+    W::prefetch(dout, unit);
+    W::prefetch(W::call.key, unit);
+    W::prefetch(W::call.value, unit);
+    if (s.rows() == 0) {
+      Pack<kWidth, float>::clear(dk_turned, keys * width);
+      Pack<kWidth, float>::clear(dv_turned, keys * width);
+    }
+    const float scale = W::call.scale * W::keep_scale;
+    for (int64_t first = 0; first < s.rows(); first += W::block_rows) {
+      const int64_t count = std::min(W::block_rows, s.rows() - first), padded = round_up(count);
+      small_product<T>(padded, keys, width, q + first * width, width, k_turned, keys, scores, keys,
+                       false);
+      small_product<T>(padded, keys, width, dout_rows + first * width, width, v_turned, keys,
+                       dweights, keys, false);
+      ScoreRows block = W::block(unit, first, count);
+      block.dweights = dweights;
+      RowKernel<kWidth, T>{block}.gradient(weights);
+      clear_padding(count, padded);
+      // A pair of rows of bfloat16 takes the room of two rows of scores.
+      float* const packed = kItem<T> == 2 ? scores : dweights;
+      const T* const dscores = reinterpret_cast<const T*>(static_cast<float*>(dweights));
+      small_product<T>(width, keys, padded, dout_turned + first, rows, weights, keys, dv_turned,
+                       keys, first > 0);
+      small_product<T>(width, keys, padded, q_turned + first, rows,
+                       reinterpret_cast<const T*>(packed), kItem<T> * keys, dk_turned, keys,
+                       first > 0);
+      small_product<T>(padded, width, keys, dscores, kItem<T> * keys, k_pairs, width, result, width,
+                       false);
+      W::P::scatter(
+          result, width, first, count, [&](int64_t) FASTTUNE_LAMBDA { return scale; },
+          W::part(dq, unit));
+    }
+    store_turned(dk_turned, scale, W::part(dk, unit));
+    store_turned(dv_turned, W::keep_scale, W::part(dv, unit));
+  }
+
+  // Rows from count on are summed over with the others in dV and dK.
+  FASTTUNE_INLINE void clear_padding(int64_t count, int64_t padded) const {
+    const int64_t from = (count + kItem<T> - 1) / kItem<T> * kItem<T>, left = padded - from;
+    W::P::clear(weights + from * keys, left * keys);
+    Pack<kWidth, float>::clear((kItem<T> == 2 ? scores : dweights) + from * keys, left * keys);
+  }
+
+  FASTTUNE_INLINE void store_turned(const float* turned, float scale, const Heads<T>& to) const {
+    Pack<kWidth, float>::turn(turned, width, keys, result);
+    W::P::scatter(result, width, 0, s.keys, [&](int64_t) FASTTUNE_LAMBDA { return scale; }, to);
+  }
+};
+
+// The units [begin, end) on this thread.
+template <int kWidth, typename T>
+FASTTUNE_INLINE void forward_units(int64_t begin, int64_t end, const AttentionCall& call,
+                                   const at::Tensor& out) {
+  const Forward<kWidth, T> forward(call, out);
+  for (int64_t unit = begin; unit < end; ++unit) forward.run(unit);
+}
+
+template <int kWidth, typename T>
+FASTTUNE_INLINE void backward_units(int64_t begin, int64_t end, const AttentionCall& call,
+                                    const at::Tensor& dout, const at::Tensor& dq,
+                                    const at::Tensor& dk, const at::Tensor& dv) {
+  const Backward<kWidth, T> backward(call, dout, dq, dk, dv);
+  for (int64_t unit = begin; unit < end; ++unit) backward.run(unit);
+}
+
+using ForwardUnits = void (*)(int64_t, int64_t, const AttentionCall&, const at::Tensor&);
+using BackwardUnits = void (*)(int64_t, int64_t, const AttentionCall&, const at::Tensor&,
+                               const at::Tensor&, const at::Tensor&, const at::Tensor&);
+
+// An instruction set's code: everything above is inlined into these two.
+#define FASTTUNE_UNITS(NAME, ATTRIBUTES, WIDTH)                                            \
+  template <typename T>                                                                    \
+  struct NAME {                                                                            \
+    ATTRIBUTES static void forward(int64_t begin, int64_t end, const AttentionCall& call,  \
+                                   const at::Tensor& out) {                                \
+      forward_units<WIDTH, T>(begin, end, call, out);                                      \
+    }                                                                                      \
+    ATTRIBUTES static void backward(int64_t begin, int64_t end, const AttentionCall& call, \
+                                    const at::Tensor& dout, const at::Tensor& dq,          \
+                                    const at::Tensor& dk, const at::Tensor& dv) {          \
+      backward_units<WIDTH, T>(begin, end, call, dout, dq, dk, dv);                        \
+    }                                                                                      \
+  }
+FASTTUNE_UNITS(UnitsDefault, , 4);
+#ifdef FASTTUNE_X86
+FASTTUNE_UNITS(UnitsAvx2, FASTTUNE_AVX2, 8);
+FASTTUNE_UNITS(UnitsAvx512, FASTTUNE_AVX512, 16);
+#endif
+#undef FASTTUNE_UNITS
+
+template <typename T>
+struct Units {
+  ForwardUnits forward;
+  BackwardUnits backward;
+};
+
+template <typename T>
+Units<T> units_here() {
+#ifdef FASTTUNE_X86
+  const std::string name = capability();
+  if (name == "avx512") return {UnitsAvx512<T>::forward, UnitsAvx512<T>::backward};
+  if (name == "avx2") return {UnitsAvx2<T>::forward, UnitsAvx2<T>::backward};
+#endif
+  return {UnitsDefault<T>::forward, UnitsDefault<T>::backward};
+}
+
+template <typename T, typename Run>
+void on_all_units(const AttentionCall& call, const Run& run) {
+  const int64_t units = shape_of(call.query, call.key).units();
+  at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+    run(begin, end);
+    end_small_products<T>();
+  });
+}
 
 template <typename T>
 void forward(const AttentionCall& call, const at::Tensor& out) {
-  const Shape s = shape_of(call.query, call.key);
-  const Blocks blocks = blocks_of(s, sizeof(T));
-  at::parallel_for(0, blocks.count, 1, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView guard;  // a worker thread knows of no mode yet
-    Block<T> block(call, s, blocks);
-    for (int64_t i = begin; i < end; ++i) {
-      block.load(i);
-      block.product(block.scores, block.q, block.k.transpose(1, 2));
-      block.run_rows({});
-      block.product(block.out, block.scores, block.v);
-      block.unpack(block.out, out, s.g);
-    }
-  });
+  const Units<T> here = units_here<T>();
+  on_all_units<T>(call, [&](int64_t begin, int64_t end) { here.forward(begin, end, call, out); });
 }
 
 template <typename T>
 void backward(const AttentionCall& call, const at::Tensor& dout, const at::Tensor& dq,
               const at::Tensor& dk, const at::Tensor& dv) {
-  const Shape s = shape_of(call.query, call.key);
-  const Blocks blocks = blocks_of(s, sizeof(T));
-  at::parallel_for(0, blocks.count, 1, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    Block<T> block(call, s, blocks);
-    const at::Tensor dout_block = at::empty_like(block.q);
-    const at::Tensor dscores = at::empty_like(block.scores);
-    for (int64_t i = begin; i < end; ++i) {
-      block.load(i);
-      block.pack(dout, dout_block, s.g);
-      block.product(block.scores, block.q, block.k.transpose(1, 2));
-      block.product(dscores, dout_block, block.v.transpose(1, 2));
-      block.run_rows(dscores);
-      block.product(block.v, block.scores.transpose(1, 2), dout_block);
-      block.unpack(block.v, dv, 1);
-      block.product(block.out, dscores, block.k);
-      block.unpack(block.out, dq, s.g);
-      block.product(block.k, dscores.transpose(1, 2), block.q);
-      block.unpack(block.k, dk, 1);
-    }
-  });
+  const Units<T> here = units_here<T>();
+  on_all_units<T>(
+      call, [&](int64_t begin, int64_t end) { here.backward(begin, end, call, dout, dq, dk, dv); });
 }
 
 }  // namespace
+
+bool has_attention(at::ScalarType type) {
+  return type == at::kFloat ? has_small_products<float>()
+                            : type == at::kBFloat16 && has_small_products<c10::BFloat16>();
+}
 
 void attention(const AttentionCall& call, const at::Tensor& out) {
   call.query.scalar_type() == at::kFloat ? forward<float>(call, out)

@@ -79,6 +79,8 @@ AttentionCall attention_call(const at::Tensor& query, const at::Tensor& key,
   const at::ScalarType type = query.scalar_type();
   TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16,
                    "attention: expected float32 or bfloat16 on CPU, found ", type);
+  TORCH_CHECK_NOT_IMPLEMENTED(has_attention(type), "attention: oneDNN has no small products of ",
+                              type, " for this CPU, or is switched off");
   TORCH_CHECK_VALUE(query.dim() == 4 && key.dim() == 4 && key.sizes() == value.sizes() &&
                         key.size(0) == query.size(0) && key.size(3) == query.size(3) &&
                         key.size(1) > 0 && query.size(1) % key.size(1) == 0 &&

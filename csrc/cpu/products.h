@@ -21,6 +21,9 @@ struct AttentionCall {
   uint64_t seed;
 };
 
+// Whether they run on this machine: by the small products of brgemm.h.
+bool has_attention(at::ScalarType type);
+
 // out: [b, heads, q, d] of any strides but a unit one in d. Writes call.stats too.
 void attention(const AttentionCall& call, const at::Tensor& out);
 

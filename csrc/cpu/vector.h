@@ -1,7 +1,7 @@
 // A few floats at a time, in the vectors that GCC and Clang provide on every machine: one source,
 // instantiated with the width of each instruction set. Each operation is an IEEE one and lane by
 // lane, and nothing is contracted (setup.py: -ffp-contract=off), so every width gives the same
-// bits.
+// bits. Attention is the exception: there, multiplies and adds are fused where that exists.
 //
 // All of it is inlined into functions that name their instruction set: a vector must never be an
 // argument of a real call, whose ABI would depend on that set.
@@ -57,20 +57,28 @@ struct Vector {
     return v;
   }
 
-  static FASTTUNE_INLINE F load(const c10::BFloat16* x) {
+  // As integers: the bits of bfloat16 in the lower halves of the lanes.
+  static FASTTUNE_INLINE U bits16(const c10::BFloat16* x) {
     H raw;
     __builtin_memcpy(&raw, x, sizeof raw);
-    return reinterpret_cast<F>(__builtin_convertvector(raw, U) << 16);
+    return __builtin_convertvector(raw, U);
+  }
+
+  // To nearest, ties to even, subnormal numbers too (vcvtneps2bf16 flushes those); NaN stays NaN.
+  static FASTTUNE_INLINE U bits16(F v) {
+    const U raw = reinterpret_cast<U>(v);
+    const U rounded = (raw + 0x7FFFu + ((raw >> 16) & 1u)) >> 16;
+    return v == v ? rounded : U{} + 0x7FC0u;
+  }
+
+  static FASTTUNE_INLINE F load(const c10::BFloat16* x) {
+    return reinterpret_cast<F>(bits16(x) << 16);
   }
 
   static FASTTUNE_INLINE void store(float* out, F v) { __builtin_memcpy(out, &v, sizeof v); }
 
-  // To nearest, ties to even, subnormal numbers too (vcvtneps2bf16 flushes those); NaN stays NaN.
   static FASTTUNE_INLINE void store(c10::BFloat16* out, F v) {
-    const U raw = reinterpret_cast<U>(v);
-    const U rounded = (raw + 0x7FFFu + ((raw >> 16) & 1u)) >> 16;
-    const U kept = v == v ? rounded : U{} + 0x7FC0u;
-    const H half = __builtin_convertvector(kept, H);
+    const H half = __builtin_convertvector(bits16(v), H);
     __builtin_memcpy(out, &half, sizeof half);
   }
 

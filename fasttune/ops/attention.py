@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fasttune.ops.dropout import check_p, draw_seed, dropout_reference
-from fasttune.ops.library import LIBRARY, OPS, Op, record_use
+from fasttune.ops.library import LIBRARY, OPS, Op, kernels, record_use
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -39,11 +39,12 @@ def attention(
     mask: added to the scaled scores, of query's dtype or float32, broadcast to [b, h, q, k]; gets no gradient.
     dropout: the probability for a weight, in [0, 1]; nothing is dropped unless training.
 
-    Returns [b, q, h, d], contiguous, in query's dtype. Scores are rounded to that dtype, as any product is; the
-    softmax and its dropout are computed in float32 (float64 for float64). A row of scores that is all -inf gives
+    Returns [b, q, h, d], contiguous, in query's dtype. Scores, softmax and dropout are computed in float32 (float64
+    for float64); the reference rounds the scores to query's dtype first, as its product does. A row of scores that is all -inf gives
     NaN, as torch.softmax does. Under autocast query, key and value are taken to its dtype first; the mask is not,
     since float32's lowest number is -inf in bfloat16. Differentiating the backward raises NotImplementedError.
-    Other dtypes than float32 and bfloat16 run the reference as it stands, and autograd keeps its scores.
+    Other dtypes than float32 and bfloat16, and CPUs that `backend` says the kernel is not for, run the reference as
+    it stands, and autograd keeps its scores.
 
     Raises ValueError naming the argument, the shape or dtype expected and the one found.
     """
@@ -191,11 +192,21 @@ torch.library.register_autograd("fasttune::attention_backward", _no_second_order
 
 
 def _refuses(query: Tensor | None = None, *_: Tensor | None) -> str | None:
-    if query is not None and query.dtype not in KERNEL_DTYPES:
-        return f"the kernel takes float32 and bfloat16, not {query.dtype}"
+    dtype = torch.float32 if query is None else query.dtype
+    if dtype not in KERNEL_DTYPES:
+        return f"the kernel takes float32 and bfloat16, not {dtype}"
+    if (query is None or query.device.type == "cpu") and not _has_products(dtype):
+        return f"oneDNN has no small products of {dtype} for this CPU (bfloat16: AVX-512), or is switched off"
     return None
 
 
+@torch.compiler.assume_constant_result
+def _has_products(dtype: torch.dtype) -> bool:
+    """True without a kernel too: what runs then is the reference, by the same op."""
+    compiled = kernels()
+    return compiled is None or str(dtype).removeprefix("torch.") in compiled.attention_types()
+
+
 OPS["attention"] = Op(
-    "attention", "PyTorch's products a few heads at a time around the compiled softmax", _refuses
+    "attention", "oneDNN's small products, a head at a time, around the compiled softmax", _refuses
 )

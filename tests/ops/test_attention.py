@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fasttune.ops import library
-from fasttune.ops.attention import KERNEL_DTYPES, attention_backward_reference, attention_reference
+from fasttune.ops import backend, library
+from fasttune.ops.attention import attention_backward_reference, attention_reference
 from fasttune.ops.dropout import mask_reference
 
-needs_kernel = pytest.mark.skipif(library._C is None, reason=f"no kernel: {library.MISSING}")
+KERNEL = backend("attention", torch.empty(0))
+needs_kernel = pytest.mark.skipif(KERNEL.name == "reference", reason=f"no kernel: {KERNEL.why}")
 SEED = torch.tensor(-7171717171717)
-# b, h, h/g, q, k, d. At 98 x 98 in float32 a block holds seven heads of twelve, at 257 x 257 in bfloat16 two of
-# three, from 600 keys on one: the score buffer of a thread is 384 KiB.
+# b, h, h/g, q, k, d. The kernel pads rows (the queries of all heads that share a key head), keys and width to multiples of 16, and takes the rows in even blocks of at most 48 Ki scores, but 16 rows at least: 257 x 257 in two
+# blocks, 4 x 600 x 98 in six, 50 x 4000 in four with two rows in the last, 33 x 60000 in three with one in the last.
 SIZES = [
     (1, 1, 1, 1, 1, 5),
     (1, 1, 1, 17, 13, 8),
@@ -24,6 +25,11 @@ SIZES = [
     (1, 3, 3, 257, 257, 64),
     (2, 4, 1, 600, 98, 32),
     (1, 2, 2, 13, 600, 5),
+    (1, 1, 1, 15, 31, 15),
+    (1, 2, 1, 16, 32, 16),
+    (2, 2, 2, 33, 49, 33),
+    (1, 1, 1, 50, 4000, 16),
+    (1, 1, 1, 33, 60000, 8),
 ]
 # Relative to the truth, in norm: about a tenth of what one rounding to the dtype costs.
 EPSILON = {torch.float64: 1e-14, torch.float32: 1e-7, torch.bfloat16: 1e-3}
@@ -41,7 +47,7 @@ def make(b, h, shared, q, k, d, dtype=torch.float32):
 
 
 def run(query, key, value, mask=None, scale=0.4, p=0.0, seed=None):
-    op = torch.ops.fasttune.attention if query.dtype in KERNEL_DTYPES else attention_reference
+    op = attention_reference if library.OPS["attention"].refuses(query) else torch.ops.fasttune.attention
     return op(query, key, value, mask, scale, p, seed)[0]
 
 
@@ -215,7 +221,7 @@ def test_empty_batch_and_no_queries(shape, p, dtype):
 
 def assert_same(one, other):
     """Bit by bit from the kernel; PyTorch's products of other strides sum in another order."""
-    if library._C is not None and one.dtype in KERNEL_DTYPES:
+    if backend("attention", one).name != "reference":
         assert torch.equal(one, other)
     else:
         torch.testing.assert_close(one, other)
