@@ -12,8 +12,9 @@ from fasttune.ops.dropout import mask_reference
 KERNEL = backend("attention", torch.empty(0))
 needs_kernel = pytest.mark.skipif(KERNEL.name == "reference", reason=f"no kernel: {KERNEL.why}")
 SEED = torch.tensor(-7171717171717)
-# b, h, h/g, q, k, d. The kernel pads rows (the queries of all heads that share a key head), keys and width to multiples of 16, and takes the rows in even blocks of at most 48 Ki scores, but 16 rows at least: 257 x 257 in two
-# blocks, 4 x 600 x 98 in six, 50 x 4000 in four with two rows in the last, 33 x 60000 in three with one in the last.
+# b, h, h/g, q, k, d. The kernel pads rows (the queries of all heads that share a key head), keys and width to
+# multiples of 16, and takes the rows in even blocks of at most 48 Ki scores, but of 16 rows at least: 257 x 257 in
+# two blocks, 4 x 600 x 98 in six, 50 x 4000 in four with two rows in the last, 33 x 60000 in three with one.
 SIZES = [
     (1, 1, 1, 1, 1, 5),
     (1, 1, 1, 17, 13, 8),
@@ -289,5 +290,5 @@ def test_kernel_saves_the_statistics_of_the_reference(dtype):
     _, ours = torch.ops.fasttune.attention(*arguments)
     _, theirs = attention_reference(*arguments)
     assert ours.dtype == theirs.dtype == torch.float32
-    # A bfloat16 product may be rounded the other way: 2^-8 of a score below 4.
+    # The reference rounds a score, below 8 before its scale, to bfloat16: by 2^-7 at most.
     torch.testing.assert_close(ours, theirs, **(dict(rtol=1e-2, atol=2e-2) if dtype.itemsize == 2 else {}))

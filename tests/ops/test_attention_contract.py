@@ -36,8 +36,8 @@ def make(b, h, shared, q, k, d, dtype=torch.float32):
     return random(b, h, q, d), random(b, shared, k, d), random(b, shared, k, d)
 
 
-# b, h, h/g, n. A head of 13 or 17 or 257 begins at any element of those that one draw of random numbers serves; 257 x
-# 257 goes in two blocks.
+# b, h, h/g, n. A head of 13 or 17 or 257 begins at any of the elements that one draw of random numbers serves; 257
+# x 257 goes in two blocks.
 SQUARES = [(1, 1, 1, 1), (3, 5, 5, 13), (5, 4, 2, 17), (1, 3, 3, 257), (1, 4, 1, 98)]
 
 
@@ -151,12 +151,13 @@ def elsewhere(path, **environment):
 @needs_kernel
 def test_every_instruction_set_gives_the_same_but_for_rounding(tmp_path):
     """Ours, that is: the products between are oneDNN's, which this variable does not reach."""
-    first, *others = (elsewhere(tmp_path / name, ATEN_CPU_CAPABILITY=name) for name in ("default", "avx2", "avx512"))
+    sets = ("default", "avx2", "avx512")
+    first, *others = (elsewhere(tmp_path / name, ATEN_CPU_CAPABILITY=name) for name in sets)
     assert first[0] == "default"
     for other in others:
         for one, two in zip(first[1:], other[1:], strict=True):
-            # A weight is exp of a score up to about 8, itself rounded by 2^-21; of bfloat16's, a few are rounded the
-            # other way for it.
+            # A weight is exp of a score up to about 8, itself rounded by 2^-21; of bfloat16's, a few are rounded
+            # the other way for it.
             assert (one.double() - two).norm() <= (5e-7 if one.dtype == torch.float32 else 1e-3) * one.norm()
 
 
