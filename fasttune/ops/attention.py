@@ -196,7 +196,7 @@ def _refuses(query: Tensor | None = None, *_: Tensor | None) -> str | None:
     if dtype not in KERNEL_DTYPES:
         return f"the kernel takes float32 and bfloat16, not {dtype}"
     if (query is None or query.device.type == "cpu") and not _has_products(dtype):
-        return f"oneDNN has no small products of {dtype} for this CPU (bfloat16: AVX-512), or is switched off"
+        return f"oneDNN has no small products of {dtype} for this CPU, or is switched off"
     return None
 
 

@@ -285,6 +285,8 @@ def test_backward_formulas_are_the_derivative_of_the_reference(size, p):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernel_saves_the_statistics_of_the_reference(dtype):
     """Maximum and 1 / sum of exp: the backward of either may follow the forward of the other."""
+    if refusal := library.OPS["attention"].refuses(torch.empty(0, dtype=dtype)):
+        pytest.skip(refusal)
     query, key, value = (tensor.detach() for tensor in make(2, 4, 2, 13, 17, 8, dtype=dtype))
     arguments = (query, key, value, torch.randn(13, 17), 0.4, 0.3, SEED)
     _, ours = torch.ops.fasttune.attention(*arguments)
