@@ -153,7 +153,7 @@ struct RowKernel {
 
   // The other lanes of v, that is of a row's elements j to j + kWidth, become 0.
   FASTTUNE_INLINE F where_kept(int64_t row, int64_t j, F v) const {
-    const int64_t bit = s.skip + row * s.keys + j;
+    const uint64_t bit = static_cast<uint64_t>(s.skip + row * s.keys + j);
     uint32_t word;
     std::memcpy(&word, reinterpret_cast<const char*>(s.kept) + bit / 8, sizeof word);
     U lane_bit;

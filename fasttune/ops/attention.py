@@ -39,12 +39,12 @@ def attention(
     mask: added to the scaled scores, of query's dtype or float32, broadcast to [b, h, q, k]; gets no gradient.
     dropout: the probability for a weight, in [0, 1]; nothing is dropped unless training.
 
-    Returns [b, q, h, d], contiguous, in query's dtype. Scores, softmax and dropout are computed in float32 (float64
-    for float64); the reference rounds the scores to query's dtype first, as its product does. A row of scores that is all -inf gives
-    NaN, as torch.softmax does. Under autocast query, key and value are taken to its dtype first; the mask is not,
-    since float32's lowest number is -inf in bfloat16. Differentiating the backward raises NotImplementedError.
-    Other dtypes than float32 and bfloat16, and CPUs that `backend` says the kernel is not for, run the reference as
-    it stands, and autograd keeps its scores.
+    Returns [b, q, h, d], contiguous, in query's dtype. Scores, softmax and dropout are computed in float32
+    (float64 for float64); the reference rounds the scores to query's dtype first, as its product does. A row of
+    scores that is all -inf gives NaN, as torch.softmax does. Under autocast query, key and value are taken to its
+    dtype first; the mask is not, since float32's lowest number is -inf in bfloat16. Differentiating the backward
+    raises NotImplementedError. Other dtypes than float32 and bfloat16, and CPUs that the kernel is not for
+    (`backend` says so), run the reference as it stands, and autograd keeps its scores.
 
     Raises ValueError naming the argument, the shape or dtype expected and the one found.
     """
@@ -196,7 +196,7 @@ def _refuses(query: Tensor | None = None, *_: Tensor | None) -> str | None:
     if dtype not in KERNEL_DTYPES:
         return f"the kernel takes float32 and bfloat16, not {dtype}"
     if (query is None or query.device.type == "cpu") and not _has_products(dtype):
-        return f"oneDNN has no small products of {dtype} for this CPU (bfloat16: AVX-512), or is switched off"
+        return f"oneDNN has no small products of {dtype} for this CPU, or is switched off"
     return None
 
 
