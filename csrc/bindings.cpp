@@ -5,9 +5,11 @@
 
 #include <array>
 #include <string>
+#include <vector>
 
 #include "cpu/allocator.h"
 #include "cpu/kernels.h"
+#include "cpu/lora.h"
 #include "philox.h"
 #ifdef FASTTUNE_CUDA
 #include "bindings_cuda.h"
@@ -55,6 +57,13 @@ py::dict build_info() {
   return info;
 }
 
+std::vector<std::string> lora_block_types() {
+  std::vector<std::string> types;
+  if (cpu::lora_blocks(at::kFloat) != nullptr) types.emplace_back("float32");
+  if (cpu::lora_blocks(at::kBFloat16) != nullptr) types.emplace_back("bfloat16");
+  return types;
+}
+
 }  // namespace
 
 #ifndef FASTTUNE_CUDA
@@ -66,6 +75,10 @@ void raise_pending() {}
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &fasttune::build_info,
         "What was compiled: compiler, torch, revision, cuda, architectures, cpu, openmp.");
+  m.def("lora_block_types", &fasttune::lora_block_types,
+        "The types, by their names in torch, of which LoRA's low-rank products on CPU run in "
+        "blocks that stay in "
+        "cache on this machine, not as PyTorch's.");
   m.def("keep_memory", &fasttune::cpu::keep_memory,
         "Larger CPU tensors keep their pages from now on; False where that is impossible.");
   m.def("keeps_memory", &fasttune::cpu::keeps_memory, "Whether they do.");
