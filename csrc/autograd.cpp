@@ -45,23 +45,24 @@ bool needs_graph(const Tensors&... tensors) {
   return at::GradMode::is_enabled() && (tensors.requires_grad() || ...);
 }
 
-// Tensors that are always there come first: needs_input_grad counts tensors, not arguments.
+// Tensors that are always there come first: needs_input_grad counts tensors, not arguments. low
+// goes out by a pointer: compiled autograd refuses a Function with a result that is not
+// differentiable.
 struct LoraLinear : Function<LoraLinear> {
   static constexpr bool is_traceable = true;
 
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
-                               const Tensor& lora_a, const Tensor& lora_b,
-                               const OptionalTensor& bias, const OptionalTensor& seed, double scale,
-                               double p) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
+                        const Tensor& lora_a, const Tensor& lora_b, const OptionalTensor& bias,
+                        const OptionalTensor& seed, double scale, double p, Tensor* low) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    auto [y, low] = forward_op().call(x, weight, bias, lora_a, lora_b, scale, p, seed);
-    ctx->mark_non_differentiable({low});
+    Tensor y;
+    std::tie(y, *low) = forward_op().call(x, weight, bias, lora_a, lora_b, scale, p, seed);
     ctx->set_materialize_grads(false);
-    ctx->save_for_backward({x, low, weight, lora_a, lora_b, seed.value_or(Tensor())});
+    ctx->save_for_backward({x, *low, weight, lora_a, lora_b, seed.value_or(Tensor())});
     ctx->saved_data["scale"] = scale;
     ctx->saved_data["p"] = p;
     ctx->saved_data["bias"] = bias.has_value();
-    return {y, low};
+    return y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -69,7 +70,7 @@ struct LoraLinear : Function<LoraLinear> {
     TORCH_CHECK_NOT_IMPLEMENTED(
         !ctx->needs_input_grad(1) && !trains_bias,
         "fasttune::lora_linear has no gradient for weight and bias: use lora_linear");
-    variable_list inputs(8);
+    variable_list inputs(9);
     if (!grads[0].defined()) return inputs;
     const Wanted wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(2),
                         ctx->needs_input_grad(3)};
@@ -93,8 +94,9 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight,
     const at::AutoDispatchBelowADInplaceOrView below;
     return forward_op().call(x, weight, bias, lora_a, lora_b, scale, p, seed);
   }
-  const variable_list out = LoraLinear::apply(x, weight, lora_a, lora_b, bias, seed, scale, p);
-  return {out[0], out[1]};
+  Tensor low;
+  Tensor y = LoraLinear::apply(x, weight, lora_a, lora_b, bias, seed, scale, p, &low);
+  return {y, low};
 }
 
 struct LoraLinearBackward : Function<LoraLinearBackward> {
