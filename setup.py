@@ -118,7 +118,7 @@ def compiler_flags() -> list[str]:
 def cpu_extension(cpp_extension):
     return cpp_extension.CppExtension(
         "fasttune._C",
-        ["csrc/bindings.cpp", *files("csrc/cpu/*.cpp")],
+        ["csrc/autograd.cpp", "csrc/bindings.cpp", *files("csrc/cpu/*.cpp")],
         define_macros=[("FASTTUNE_REVISION", revision())],
         extra_compile_args=compiler_flags(),
         depends=files("csrc/**/*.h"),
@@ -142,7 +142,7 @@ def cuda_extension(cpp_extension):
     print(f"fasttune: building CUDA kernels for {named}", file=sys.stderr)
     return cpp_extension.CUDAExtension(
         "fasttune._C",
-        ["csrc/bindings.cpp", "csrc/bindings_cuda.cpp", *files("csrc/*.cu", "csrc/cpu/*.cpp")],
+        [*files("csrc/*.cpp", "csrc/*.cu", "csrc/cpu/*.cpp")],
         define_macros=[("FASTTUNE_REVISION", revision()), ("FASTTUNE_CUDA", None)],
         # nvcc would take the commas for more macros.
         extra_compile_args={

@@ -9,6 +9,7 @@
 
 #include "cpu/allocator.h"
 #include "cpu/kernels.h"
+#include "cpu/lora.h"
 #include "cpu/products.h"
 #include "cpu/vector.h"
 #include "philox.h"
@@ -67,6 +68,13 @@ std::vector<std::string> attention_types() {
   return types;
 }
 
+std::vector<std::string> lora_block_types() {
+  std::vector<std::string> types;
+  if (cpu::lora_blocks(at::kFloat) != nullptr) types.emplace_back("float32");
+  if (cpu::lora_blocks(at::kBFloat16) != nullptr) types.emplace_back("bfloat16");
+  return types;
+}
+
 }  // namespace
 
 #ifndef FASTTUNE_CUDA
@@ -80,6 +88,10 @@ PYBIND11_MODULE(_C, m) {
         "What was compiled: compiler, torch, revision, cuda, architectures, cpu, openmp.");
   m.def("attention_types", &fasttune::attention_types,
         "The types, by their names in torch, that CPU attention has a kernel for on this machine.");
+  m.def("lora_block_types", &fasttune::lora_block_types,
+        "The types, by their names in torch, of which LoRA's low-rank products on CPU run in "
+        "blocks that stay in "
+        "cache on this machine, not as PyTorch's.");
   m.def("keep_memory", &fasttune::cpu::keep_memory,
         "Larger CPU tensors keep their pages from now on; False where that is impossible.");
   m.def("keeps_memory", &fasttune::cpu::keeps_memory, "Whether they do.");

@@ -44,29 +44,6 @@ void dropout_add_(at::Tensor& acc, const at::Tensor& x, double p, const at::Tens
   dropout(dropout_params(input, acc, p, seed, true));
 }
 
-at::Tensor bound_lora_input_backward(const at::Tensor& x, const at::Tensor& dlow,
-                                     const at::Tensor& a, const std::optional<at::Tensor>& dx,
-                                     double p, const std::optional<at::Tensor>& seed) {
-  const at::ScalarType type = x.scalar_type();
-  const at::ScalarType wide = type == at::kDouble ? at::kDouble : at::kFloat;
-  TORCH_CHECK_VALUE(x.dim() == 2 && a.dim() == 2 && a.size(1) == x.size(1) && dlow.dim() == 2 &&
-                        dlow.size(0) == x.size(0) && dlow.size(1) == a.size(0) &&
-                        a.scalar_type() == type && dlow.scalar_type() == type,
-                    "lora_input_backward: x ", x.sizes(), ", dlow ", dlow.sizes(), " and a ",
-                    a.sizes(), " do not fit, or their types differ");
-  TORCH_CHECK_VALUE(!dx.has_value() || (dx->is_contiguous() && dx->sizes() == x.sizes() &&
-                                        dx->scalar_type() == type),
-                    "lora_input_backward: dx must be contiguous and match x");
-  if (!seed.has_value()) {
-    if (dx.has_value()) dx->addmm_(dlow, a);
-    return at::mm(dlow.t(), x).to(wide);
-  }
-  check_dropout(p, *seed);
-  const at::Tensor input = x.contiguous();
-  const DropoutParams dropout = dropout_params(input, input, p, *seed, false);
-  return lora_input_backward(dropout, input, dlow, a, dx.value_or(at::Tensor())).to(wide);
-}
-
 #ifdef FASTTUNE_VECTORS
 
 at::Tensor unit_width(const at::Tensor& x) {
@@ -155,7 +132,6 @@ TORCH_LIBRARY_IMPL(fasttune, CPU, m) {
   namespace cpu = fasttune::cpu;
   m.impl("dropout_seeded", &cpu::dropout_seeded);
   m.impl("dropout_add_", &cpu::dropout_add_);
-  m.impl("lora_input_backward", &cpu::bound_lora_input_backward);
 #ifdef FASTTUNE_VECTORS
   m.impl("attention", &cpu::bound_attention);
   m.impl("attention_backward", &cpu::bound_attention_backward);

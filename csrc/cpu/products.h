@@ -31,10 +31,4 @@ void attention(const AttentionCall& call, const at::Tensor& out);
 void attention_backward(const AttentionCall& call, const at::Tensor& dout, const at::Tensor& dq,
                         const at::Tensor& dk, const at::Tensor& dv);
 
-// x: [rows, in], contiguous. dlow: [rows, r]. a: [r, in]. dx: [rows, in], contiguous, or undefined;
-// all of one type. `dropout` names mask and type; its tensors are not used. dx += mask o (dlow a) /
-// (1 - p). Returns dlow^T dropout(x), [r, in], of x's type.
-at::Tensor lora_input_backward(const DropoutParams& dropout, const at::Tensor& x,
-                               const at::Tensor& dlow, const at::Tensor& a, const at::Tensor& dx);
-
 }  // namespace fasttune::cpu

@@ -41,12 +41,12 @@ class Op:
     """What `backend` must know of a public op.
 
     kernel: the registered op whose compiled kernel does the work; None while there is only the reference.
-    does: what the kernel does, in a few words.
+    does: what the kernel does, in a few words; or tells it from the op's tensors.
     refuses: tells from the op's tensors why the kernel is not used for them, or None if it is.
     """
 
     kernel: str | None
-    does: str
+    does: str | Callable[..., str]
     refuses: Callable[..., str | None] = lambda *tensors: None
 
 
@@ -90,7 +90,8 @@ def backend(op: str, *tensors: Tensor | None) -> Backend:
     refusal = known.refuses(*tensors)
     if refusal is not None:
         return Backend("reference", refusal)
-    return Backend(device, f"{known.does} ({_C.build_info()['cpu'] if device == 'cpu' else device})")
+    does = known.does if isinstance(known.does, str) else known.does(*tensors)
+    return Backend(device, f"{does} ({_C.build_info()['cpu'] if device == 'cpu' else device})")
 
 
 _uses: dict[tuple[str, torch.device, torch.dtype], Backend] = {}

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fasttune.ops.dropout import DTYPES, NO_DOUBLE, check_p, draw_seed, seeded_dropout
-from fasttune.ops.library import LIBRARY, OPS, Op, record_use
+from fasttune.ops.library import LIBRARY, OPS, Op, kernels, record_use
 
 ops = torch.ops.fasttune
 
@@ -207,7 +207,7 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "lora_linear_backward(Tensor dy, Tensor x, Tensor low, Tensor weight, Tensor lora_a, Tensor lora_b,"
-    " float scale, float p, Tensor? seed, bool[] wanted) -> (Tensor, Tensor, Tensor)"
+    " float scale, float p, Tensor? seed, bool[3] wanted) -> (Tensor, Tensor, Tensor)"
 )
 LIBRARY.impl("lora_linear", _forward, "CompositeExplicitAutograd")
 LIBRARY.impl("lora_linear_backward", _gradients, "CompositeExplicitAutograd")
@@ -250,8 +250,10 @@ def _no_second_order(ctx, *grads):
     raise NotImplementedError("lora_linear can be differentiated once, not twice")
 
 
-torch.library.register_autograd("fasttune::lora_linear", _backward, setup_context=_setup, lib=LIBRARY)
-torch.library.register_autograd("fasttune::lora_linear_backward", _no_second_order, lib=LIBRARY)
+# The compiled module has registered the same in C++ (csrc/autograd.cpp), at a fifth of the time a call.
+if kernels() is None:
+    torch.library.register_autograd("fasttune::lora_linear", _backward, setup_context=_setup, lib=LIBRARY)
+    torch.library.register_autograd("fasttune::lora_linear_backward", _no_second_order, lib=LIBRARY)
 
 
 def _refuses(
@@ -264,4 +266,14 @@ def _refuses(
     return None
 
 
-OPS["lora_linear"] = Op("lora_input_backward", "PyTorch's GEMMs, masks by the compiled dropout kernel", _refuses)
+def _does(x: Tensor | None = None, *_: Tensor | None) -> str:
+    if x is not None and x.is_cuda:
+        return "PyTorch's GEMMs for the base, compiled kernels for the low-rank side"
+    dtype = "float32" if x is None else str(x.dtype).removeprefix("torch.")
+    compiled = kernels()
+    if compiled is not None and dtype in compiled.lora_block_types():
+        return "PyTorch's GEMMs for the base; the low-rank side in blocks, by oneDNN's small products"
+    return f"PyTorch's GEMMs, masks by the compiled dropout kernel: no small products of {dtype} on this machine"
+
+
+OPS["lora_linear"] = Op("lora_input_backward", _does, _refuses)

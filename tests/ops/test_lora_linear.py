@@ -231,6 +231,26 @@ def test_all_ops_compile_without_graph_break(compiler):
             torch.testing.assert_close(one, other)
 
 
+def test_compiled_autograd_takes_the_backward():
+    """What autograd in C++ may hold is limited there: no result that is marked as not differentiable."""
+    from torch._dynamo import compiled_autograd
+
+    x, weight, bias, a, b = make(19, dtype=torch.float32)
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(3)
+        y = lora_linear(x, weight, bias, a, b, scale=0.7, dropout=0.3, training=True)
+        x.grad = a.grad = b.grad = None
+        if compiled:
+            with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+                y.square().sum().backward()
+        else:
+            y.square().sum().backward()
+        results.append((x.grad, a.grad, b.grad))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_compiled_backward_has_the_mask_of_the_compiled_forward():
     def run(x):
         return dropout(x * 2, 0.4, training=True)

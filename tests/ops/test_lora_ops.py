@@ -92,14 +92,85 @@ def test_each_op_against_float64_and_plain_products(size, p, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("p", [0.3, 1.0])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_kernel_is_its_reference_bitwise(size, p, dtype):
+def test_plain_kernel_is_its_reference_bitwise(size, p, dtype):
     """The products are PyTorch's on both sides, of the same operands: same elements dropped, same roundings."""
     t = make(*size, dtype=dtype)
     ours, theirs = t["dx"].clone(), t["dx"].clone()
-    found = ops.lora_input_backward(t["x"], t["dlow"], t["a"], ours, p, SEED)
-    expected = lora_input_backward_reference(t["x"], t["dlow"], t["a"], theirs, p, SEED)
+    with torch.backends.mkldnn.flags(enabled=False):  # as where oneDNN has no small products
+        assert library._C.lora_block_types() == []
+        found = ops.lora_input_backward(t["x"], t["dlow"], t["a"], ours, p, SEED)
+        expected = lora_input_backward_reference(t["x"], t["dlow"], t["a"], theirs, p, SEED)
     assert torch.equal(found, expected)
     assert torch.equal(ours, theirs)
+
+
+# rows, in, rank, out: blocks have 32 rows and strips 256 columns, sums 512 rows from 4096 rows on.
+BLOCKS = [(31, 257, 1, 513), (97, 33, 3, 7), (64, 256, 8, 512), (1000, 515, 16, 31), (330, 48, 17, 300)]
+BLOCKS += [(160, 129, 64, 96), (9000, 7, 3, 5)]
+in_blocks = pytest.mark.skipif(
+    library._C is None or len(library._C.lora_block_types()) < 2, reason="no small products on this machine"
+)
+
+
+def whole(rows, ins, rank, outs, dtype):
+    """What `make` gives, in numbers so small and whole that every product is exact in float32."""
+    generator = torch.Generator().manual_seed(rows)
+    return {
+        name: torch.randint(-3, 4, tensor.shape, generator=generator).to(dtype)
+        for name, tensor in make(rows, ins, rank, outs).items()
+    }
+
+
+@in_blocks
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("size", BLOCKS, ids=str)
+def test_blocks_round_once(size, p, dtype):
+    """Sums are whole and below 2^24, and 1 / (1 - p) is 2: each result is the exact one, rounded."""
+    seed = SEED if p else None
+    t = whole(*size, dtype=dtype)
+    e = {name: tensor.double() for name, tensor in t.items()}
+    dropped = drop(e["x"], p)
+
+    assert torch.equal(ops.lora_down(t["x"], t["a"], p, seed), (dropped @ e["a"].t()).to(dtype))
+    dlow, db = ops.lora_up_backward(t["dy"], t["dlow"], t["b"])
+    assert torch.equal(dlow, (e["dy"] @ e["b"]).to(dtype))
+    assert torch.equal(db, (e["dy"].t() @ e["dlow"]).float())
+    dx = t["dx"].clone()
+    da = ops.lora_input_backward(t["x"], t["dlow"], t["a"], dx, p, seed)
+    assert torch.equal(da, (e["dlow"].t() @ dropped).float())
+    assert torch.equal(dx, (e["dx"] + drop(e["dlow"] @ e["a"], p)).to(dtype))
+
+
+@in_blocks
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(1000, 515, 16, 31), (9000, 7, 3, 5)], ids=str)
+def test_blocks_give_the_same_bits_with_any_number_of_threads(size, dtype):
+    t = make(*size, dtype=dtype)
+    results = []
+    for threads in (1, 2, 3, 1):
+        torch.set_num_threads(threads)
+        dx = t["dx"].clone()
+        low = ops.lora_down(t["x"], t["a"], 0.3, SEED)
+        up = ops.lora_up_backward(t["dy"], t["dlow"], t["b"])
+        da = ops.lora_input_backward(t["x"], t["dlow"], t["a"], dx, 0.3, SEED)
+        results.append((low, *up, da, dx))
+    torch.set_num_threads(1)
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+@in_blocks
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_dropped_element_is_zero_whatever_it_holds(dtype):
+    t = whole(97, 33, 3, 7, dtype)
+    kept = mask_reference(t["x"].shape, 0.5, SEED)
+    clean = torch.where(kept, t["x"], 0)
+    for value in (torch.inf, torch.nan):
+        x = torch.where(kept, t["x"], value)
+        assert torch.equal(ops.lora_down(x, t["a"], 0.5, SEED), ops.lora_down(clean, t["a"], 0.5, SEED))
+        found, expected = (ops.lora_input_backward(of, t["dlow"], t["a"], None, 0.5, SEED) for of in (x, clean))
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -149,18 +220,53 @@ def test_opcheck(p, dtype):
 
 
 @needs_kernel
-def test_kernel_checks_what_it_is_given():
+def test_kernels_check_what_they_are_given():
     t = make(6, 5, 2, 3, dtype=torch.float32)
-    run = ops.lora_input_backward
-    for changed in ({"dlow": t["dlow"][1:]}, {"a": t["a"][:1]}, {"a": t["a"].double()}, {"x": t["x"][0]}):
-        c = {**t, **changed}
-        with pytest.raises(ValueError, match="do not fit, or their types differ"):
-            run(c["x"], c["dlow"], c["a"], None, 0.3, SEED)
-    for dx in (t["dx"][1:], t["dx"].double(), t["dx"].t().contiguous().t()):
-        with pytest.raises(ValueError, match="dx must be contiguous and match x"):
-            run(t["x"], t["dlow"], t["a"], dx, 0.3, SEED)
-    with pytest.raises(ValueError, match="p must be in"):
-        run(t["x"], t["dlow"], t["a"], None, 1.5, SEED)
+    weight = torch.ones(3, 5)
+    calls = {
+        "lora_down": lambda c: ops.lora_down(c["x"], c["a"], 0.3, SEED),
+        "lora_up_backward": lambda c: ops.lora_up_backward(c["dy"], c["dlow"], c["b"]),
+        "lora_input_backward": lambda c: ops.lora_input_backward(c["x"], c["dlow"], c["a"], c["dx"], 0.3, SEED),
+        "lora_linear": lambda c: ops.lora_linear(c["x"], c["weight"], None, c["a"], c["b"], 1.0, 0.0, None),
+        "lora_linear_backward": lambda c: ops.lora_linear_backward(
+            c["dy"], c["x"], c["dlow"], c["weight"], c["a"], c["b"], 1.0, 0.0, None, [True] * 3
+        ),
+    }
+    good = {**t, "weight": weight}
+    for op, name, wrong, message in (
+        ("lora_down", "x", t["x"][0], "x: expected two dimensions"),
+        ("lora_down", "a", t["a"][:, 1:], "a: expected Float of shape"),
+        ("lora_down", "a", t["a"].double(), "a: expected Float of shape"),
+        ("lora_up_backward", "dlow", t["dlow"][1:], "low: expected Float of shape"),
+        ("lora_up_backward", "b", t["b"][1:], "b: expected Float of shape"),
+        ("lora_input_backward", "dlow", t["dlow"][1:], "dlow: expected Float of shape"),
+        ("lora_input_backward", "a", t["a"][:1], "dlow: expected Float of shape"),
+        ("lora_input_backward", "dx", t["dx"][1:], "dx: expected Float of shape"),
+        ("lora_input_backward", "dx", t["dx"].double(), "dx: expected Float of shape"),
+        ("lora_input_backward", "dx", t["dx"].t().contiguous().t(), "dx must be contiguous"),
+        ("lora_linear", "b", t["b"][1:], "do not fit, or weight is not of x's type"),
+        ("lora_linear", "weight", weight.double(), "do not fit, or weight is not of x's type"),
+        ("lora_linear_backward", "dy", t["dy"][1:], "dy: expected Float of shape"),
+        ("lora_linear_backward", "dlow", t["dlow"][:, 1:], "low: expected Float of shape"),
+    ):
+        calls[op](good)
+        with pytest.raises(ValueError, match=f"{op}: .*{message}"):
+            calls[op]({**good, name: wrong})
+    with pytest.raises(TypeError, match="expected float64"):
+        ops.lora_down(t["x"].long(), t["a"].long(), 0.0, None)
+    for p in (-0.1, 1.5):
+        with pytest.raises(ValueError, match="p must be in"):
+            ops.lora_linear(t["x"], weight, None, t["a"], t["b"], 1.0, p, SEED)
+
+
+@needs_kernel
+def test_backend_tells_who_makes_the_products():
+    x = torch.ones(2, 5, dtype=torch.bfloat16)
+    assert "no small products of float16" in backend("lora_linear", x.half()).why
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert "no small products of bfloat16" in backend("lora_linear", x).why
+    if "bfloat16" in library._C.lora_block_types():
+        assert "in blocks" in backend("lora_linear", x).why
 
 
 def masks_of(layers: int, steps: int, rows: int = 256, ins: int = 64, p: float = 0.3) -> torch.Tensor:
