@@ -97,8 +97,10 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x_, const Tensor& weight,
   const Tensor a = scaled_to(lora_a, 1.0, x.scalar_type());
   const Tensor b = scaled_to(lora_b, scale, x.scalar_type());
   const Tensor low = kernels_for(x, a).down(x, a, mask);
-  const Tensor y = at::linear(x, weight, bias);
-  y.addmm_(low, b.t());
+  // The small part first: the large product adds to it what it would otherwise add to the bias.
+  const Tensor bias_row = bias.has_value() ? bias->contiguous() : Tensor();
+  const Tensor y = kernels_for(x, b).up(low, b, bias_row);
+  y.addmm_(x, weight.t());
   return {y, low};
 }
 

@@ -159,6 +159,13 @@ struct Worker {
                      sum, sum_stride, add);
   }
 
+  // out = low m + bias. For one strip of out; m: packed, [padded rank, all columns]
+  void widen(const T* m, int64_t m_stride, const T* bias, const Part<T>& out) {
+    small_product<T>(padded_rows(), out.columns, padded, left, padded, m, m_stride, wide.data(),
+                     out.columns, false);
+    run<false>(AddRow<T>{{wide.data(), out.columns, rows, out.columns}, bias, out});
+  }
+
   // out += factor mask o (low m). For one strip of out; m: packed, [padded rank, all columns]
   void expand(const T* m, int64_t m_stride, const Kept& kept, float factor, const Part<T>& out) {
     small_product<T>(padded_rows(), out.columns, padded, left, padded, m, m_stride, wide.data(),
@@ -214,6 +221,27 @@ at::Tensor down(const at::Tensor& x, const at::Tensor& a, const LoraMask& mask) 
     }
   });
   return low;
+}
+
+template <typename T>
+at::Tensor up(const at::Tensor& low, const at::Tensor& b, const at::Tensor& bias) {
+  const int64_t rows = low.size(0), outs = b.size(0), rank = b.size(1);
+  const at::Tensor y = at::empty({rows, outs}, low.options());
+  const Part<const T> all_low = part_of<const T>(low);
+  const T* const added = bias.defined() ? bias.const_data_ptr<T>() : nullptr;
+  const std::vector<T> m = packed<T>(b, true, padded_rank(rank), outs);
+  at::parallel_for(0, (rows + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
+    Worker<T> worker(rank);
+    for (int64_t block = begin; block < end; ++block) {
+      worker.go_to(block, rows);
+      worker.take(worker.here(all_low));
+      each_strip(outs, [&](int64_t j, int64_t width) {
+        worker.widen(m.data() + j * kPairs<T>, outs, added == nullptr ? nullptr : added + j,
+                     worker.here(part_of<T>(y)).strip(j, width));
+      });
+    }
+  });
+  return y;
 }
 
 template <typename T>
@@ -293,7 +321,7 @@ at::Tensor converted(const at::Tensor& x, float factor) {
 }
 
 template <typename T>
-constexpr LoraKernels kBlocks = {down<T>, up_backward<T>, input_backward<T>};
+constexpr LoraKernels kBlocks = {down<T>, up<T>, up_backward<T>, input_backward<T>};
 
 }  // namespace
 

@@ -20,6 +20,9 @@ struct LoraKernels {
   // x: [rows, in], a: [r, in] -> dropout(x) a^T, [rows, r].
   at::Tensor (*down)(const at::Tensor& x, const at::Tensor& a, const LoraMask& mask);
 
+  // low: [rows, r], b: [out, r], bias: [out] or undefined -> low b^T + bias, [rows, out].
+  at::Tensor (*up)(const at::Tensor& low, const at::Tensor& b, const at::Tensor& bias);
+
   // dy: [rows, out], low: [rows, r] or undefined, b: [out, r] -> dy b, [rows, r], and
   // factor dy^T low, [out, r]; undefined without low.
   std::tuple<at::Tensor, at::Tensor> (*up_backward)(const at::Tensor& dy, const at::Tensor& low,

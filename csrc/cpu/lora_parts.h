@@ -184,6 +184,32 @@ struct Add {
   }
 };
 
+// out = x + row, with one rounding; row: [columns] or null.
+template <typename T>
+struct AddRow {
+  Part<const float> x;
+  const T* added;
+  Part<T> out;
+
+  template <int kWidth, bool kMasked>
+  FASTTUNE_INLINE void run() const {
+    using V = Vector<kWidth>;
+    for (int64_t i = 0; i < out.rows; ++i) {
+      const float* from = x.row(i);
+      T* to = out.row(i);
+      int64_t j = 0;
+      for (; j + kWidth <= out.columns; j += kWidth) {
+        const auto v = V::load(from + j);
+        V::store(to + j, added == nullptr ? v : v + V::load(added + j));
+      }
+      for (; j < out.columns; ++j) {
+        const float v = added == nullptr ? 0.0f : static_cast<float>(added[j]);
+        to[j] = static_cast<T>(from[j] + v);
+      }
+    }
+  }
+};
+
 // out = x factor, with one rounding. S, T: float or BFloat16.
 template <typename S, typename T>
 struct Convert {

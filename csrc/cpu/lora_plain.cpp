@@ -39,6 +39,10 @@ at::Tensor down(const at::Tensor& x, const at::Tensor& a, const LoraMask& mask) 
   return at::mm(dropped, a.t());
 }
 
+at::Tensor up(const at::Tensor& low, const at::Tensor& b, const at::Tensor& bias) {
+  return bias.defined() ? at::addmm(bias, low, b.t()) : at::mm(low, b.t());
+}
+
 std::tuple<at::Tensor, at::Tensor> up_backward(const at::Tensor& dy, const at::Tensor& low,
                                                const at::Tensor& b, double factor) {
   at::Tensor db;
@@ -90,6 +94,6 @@ at::Tensor scaled_by_pytorch(const at::Tensor& x, double factor, at::ScalarType 
   return widened(x).mul(factor).to(type).contiguous();
 }
 
-const LoraKernels kPlainLora = {down, up_backward, input_backward};
+const LoraKernels kPlainLora = {down, up, up_backward, input_backward};
 
 }  // namespace fasttune::cpu
