@@ -13,8 +13,8 @@ KERNEL = backend("attention", torch.empty(0))
 needs_kernel = pytest.mark.skipif(KERNEL.name == "reference", reason=f"no kernel: {KERNEL.why}")
 SEED = torch.tensor(-7171717171717)
 # b, h, h/g, q, k, d. The kernel pads rows (the queries of all heads that share a key head), keys and width to
-# multiples of 16, and takes the rows in even blocks of at most 48 Ki scores, but of 16 rows at least: 257 x 257 in
-# two blocks, 4 x 600 x 98 in six, 50 x 4000 in four with two rows in the last, 33 x 60000 in three with one.
+# multiples of 16, and takes the rows in even blocks of at most 96 Ki scores, but of 16 rows at least: 331 x 331 in
+# two blocks, 4 x 600 x 98 in three, 50 x 4000 in four with two rows in the last, 33 x 60000 in three with one.
 SIZES = [
     (1, 1, 1, 1, 1, 5),
     (1, 1, 1, 17, 13, 8),
@@ -23,7 +23,7 @@ SIZES = [
     (5, 2, 2, 98, 1, 64),
     (2, 12, 12, 98, 98, 32),
     (2, 8, 4, 98, 257, 5),
-    (1, 3, 3, 257, 257, 64),
+    (1, 3, 3, 331, 331, 64),
     (2, 4, 1, 600, 98, 32),
     (1, 2, 2, 13, 600, 5),
     (1, 1, 1, 15, 31, 15),

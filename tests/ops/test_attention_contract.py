@@ -35,9 +35,9 @@ def make(b, h, shared, q, k, d, dtype=torch.float32):
     return random(b, h, q, d), random(b, shared, k, d), random(b, shared, k, d)
 
 
-# b, h, h/g, n. A head of 13 or 17 or 257 begins at any of the elements that one draw of random numbers serves; 257
-# x 257 goes in two blocks.
-SQUARES = [(1, 1, 1, 1), (3, 5, 5, 13), (5, 4, 2, 17), (1, 3, 3, 257), (1, 4, 1, 98)]
+# b, h, h/g, n. A head of 13 or 17 or 331 begins at any of the elements that one draw of random numbers serves; 331
+# x 331 goes in two blocks.
+SQUARES = [(1, 1, 1, 1), (3, 5, 5, 13), (5, 4, 2, 17), (1, 3, 3, 331), (1, 4, 1, 98)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -100,7 +100,7 @@ def everything(size, dtype, mask=None):
     return out, *torch.autograd.grad(out, inputs, upstream.to(dtype))
 
 
-# One block a key head; more key heads than threads; ten blocks a key head.
+# One block a key head; more key heads than threads; five blocks a key head.
 BLOCKS = [(1, 2, 2, 98, 98, 32), (3, 12, 12, 98, 98, 32), (2, 3, 1, 257, 600, 64)]
 
 
