@@ -78,6 +78,8 @@ def save_adapter(
     model: Any = bundle.model
     if hasattr(getattr(model, "config", None), "save_pretrained"):  # it names the classes
         model.config.save_pretrained(staged)
+    if getattr(model, "generation_config", None) is not None:  # how it writes: `generate` of the base takes it
+        model.generation_config.save_pretrained(staged)
     _save_processor(bundle, staged, card, disk)
     replace_folder(staged, folder, disk)
 
