@@ -67,10 +67,12 @@ def build(source: Source, options: ChatOptions) -> tuple[Bundle, Built]:
 
     wanted, note = _install_template(source, tokenizer, options, begins)
     with quiet():
+        known = len(tokenizer)
         grown = tokenizers.add_tokens(tokenizer, model, (*wanted, *options.add_tokens))
     notes += note
     if grown:
-        notes.append(f"new special tokens: {', '.join(grown)} are trained and saved with every strategy")
+        new = ", ".join(tokenizer.convert_ids_to_tokens(list(range(known, len(tokenizer)))))
+        notes.append(f"new tokens: {new}; {' and '.join(grown)} are trained and saved with every strategy")
     dialect = learn_dialect(tokenizer, options.template_variables)
     notes += _settle_end(tokenizer, model, dialect)
     packs, note = _settle_packing(source, model, options)

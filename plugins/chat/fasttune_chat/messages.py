@@ -239,9 +239,7 @@ def _check_order(turns: list[Turn]) -> None:
             )
         before = role
     if before in _OPENING:
-        raise DataError(
-            "messages", f"turn {len(turns)} (index {len(turns) - 1}): nothing follows the {before} turn"
-        )
+        raise DataError("messages", f"{place(len(turns) - 1)}: nothing follows the turn of the {before}")
 
 
 def _system(row: Mapping[str, Any]) -> list[Turn]:

@@ -127,7 +127,7 @@ class Conversation:
         return spans
 
     def _start(self, index: int) -> int:
-        """Where a turn of the assistant begins: behind the prompt that asks for it, if the text has that in front."""
+        """Where a turn of the assistant begins: behind the prompt that asks for it, as a rule."""
         asked = self._render(self.turns[:index], prompt=True)
         if self.text.startswith(asked):
             return len(asked)

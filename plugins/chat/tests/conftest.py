@@ -76,7 +76,8 @@ def make_model(folder, kind="llama", **tokenizer):
     """A model's folder, of a kind above."""
     made = make_tokenizer(folder, **tokenizer)
     config = CONFIGS[kind]()
-    config.vocab_size = len(made)
+    # transformers gives the tokenizer of a Qwen2 a token of its own.
+    config.vocab_size = len(made) + (8 if kind == "qwen2" else 0)
     config.initializer_range = 0.1
     config.bos_token_id, config.eos_token_id, config.pad_token_id = (
         made.bos_token_id,
