@@ -75,6 +75,10 @@ class Chat(Task):
         return self._built
 
     def to_predict(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Marks the row. A plain text in the place of a conversation is what its user says."""
+        said = row.get("messages")
+        if isinstance(said, str) and said.strip() and not said.lstrip().startswith("["):
+            row = {**row, "messages": [{"role": "user", "content": said}]}
         return {**row, _TO_PREDICT: True}
 
     def encode(self, row: dict[str, Any], bundle: Bundle, train: bool) -> Sample | list[Sample]:

@@ -276,3 +276,28 @@ def test_long_texts_become_pieces_in_which_every_token_is_a_target_once(tmp_path
     whole = bundle.processor(text)["input_ids"] + [bundle.processor.eos_token_id]
     assert targets == whole[1:]
     assert not any(sample.truncated for sample in samples)
+
+
+def test_what_is_to_be_predicted(tmp_path, make_model):
+    """Conversations that end with a question or an answer, instructions, a bare question, texts."""
+    report = fasttune.finetune(
+        **settings(tmp_path, make_model(tmp_path, "gpt2"), numbered(10), options={"max_new_tokens": 3}), quiet=True
+    )
+    model = fasttune.load(report.folder)
+    asked = [user("Say 1.")]
+    replies = model.predict(
+        [
+            {"messages": asked},
+            {"messages": [*asked, said("1!")]},
+            {"instruction": "Say 1."},
+            {"messages": "Say 1."},
+            {"text": "Tuesday comes"},
+            {"text": "Tuesday comes" * 2000},
+        ]
+    )
+    assert replies[0] == replies[1] == replies[2] == replies[3]
+    assert set(replies[0]) == {"reply"}
+    assert set(replies[4]) == {"continuation"}
+    assert replies[5]["cut"] > 0
+    with pytest.raises(BadRows, match="row 1: the row holds neither messages"):
+        model.predict([{"question?": "a"}])
