@@ -100,7 +100,7 @@ class Chat(Task):
     def pack(self, samples: list[Sample]) -> list[Sample]:
         from fasttune_chat.packing import pack
 
-        return pack(samples, self.built.packing)
+        return pack(samples, self.built.packing) if self.packs else samples
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Loss:
         """Summed cross entropy of the supervised tokens, which are the count. A model in eval mode is also asked

@@ -102,7 +102,7 @@ def read_pair(row: Mapping[str, Any], *, answered: bool) -> list[Turn]:
 def read_tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     """The tools that the conversation may call: JSON schemas. Raises DataError."""
     value = row.get("tools")
-    if value is None or value in ("", []):
+    if value is None or value == [] or (isinstance(value, str) and value.strip() in ("", "[]")):
         return None
     tools = _listed("tools", value)
     for index, tool in enumerate(tools):

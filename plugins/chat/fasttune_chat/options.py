@@ -1,5 +1,6 @@
 """The settings of text-generation, as they stand in a run file under `options`."""
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,7 +49,7 @@ class ChatOptions(BaseModel):
     @field_validator("template")
     @classmethod
     def _is_known(cls, value: str) -> str:
-        if value in ("auto", "model", *named()) or is_jinja(value) or Path(value).expanduser().is_file():
+        if value in ("auto", "model", *named()) or is_jinja(value) or os.path.isfile(os.path.expanduser(value)):
             return value
         from fasttune.errors import nearest
 

@@ -114,3 +114,18 @@ def test_peft_says_what_predict_says(run, kind, tokenizer, options):
             )
         found.append(made.decode(written[0, asked["input_ids"].shape[1] :], skip_special_tokens=True))
     assert found == replies(folder)
+
+
+@pytest.mark.parametrize("strategy", ["full", "lora"])
+def test_a_template_of_ones_own_is_kept_with_the_run(run, tmp_path, strategy):
+    """Its file may go: the run has its text, and the tokens that it needs."""
+    path = tmp_path / "own.jinja"
+    path.write_text(OWN.replace("<|im_end|>", "<end>") + "\n")
+    _, folder = run("llama", strategy, template=str(path), add_tokens=("<end>", "<|im_start|>"))
+    path.unlink()
+    model = fasttune.load(folder)
+    assert model.bundle.processor.chat_template == OWN.replace("<|im_end|>", "<end>") + "\n"
+    end = model.bundle.processor.convert_tokens_to_ids("<end>")
+    assert end in model.bundle.model.generation_config.eos_token_id
+    model.export(tmp_path / "plain")
+    assert piped(tmp_path / "plain") == replies(folder)

@@ -145,6 +145,11 @@ def test_bad_systems(row, column):
     assert caught.value.column == column
 
 
+@pytest.mark.parametrize("value", [None, "", "[]", []])
+def test_no_tools(value):
+    assert read_tools({"tools": value}) is None
+
+
 @pytest.mark.parametrize("value", ["add", [7], [{"description": "x"}]])
 def test_bad_tools(value):
     with pytest.raises(DataError) as caught:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -190,3 +192,39 @@ def test_a_model_without_padding_token_learns_to_stop(tmp_path, make_model, pack
     )
     replies = fasttune.load(tmp_path / "run").predict([{"messages": [turn]} for turn in asked])
     assert {found["reply"] for found in replies} <= {f"{i + 1}!" for i in range(9)}
+
+
+_PEAK = """
+import resource, sys, torch, transformers as hf
+from fasttune_chat.chat import Chat
+
+tokens, vocabulary = 2048, 65536
+torch.set_num_threads(1)
+config = hf.LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+                        vocab_size=vocabulary)
+model = hf.LlamaForCausalLM(config).train()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def step(tokens):
+    ids = torch.randint(0, vocabulary, (1, tokens))
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    if sys.argv[1] == "ours":
+        Chat().loss(model, batch).total.backward()
+    else:
+        model(**batch).loss.backward()
+step(64)
+before = peak()
+step(tokens)
+print((peak() - before) / (tokens * vocabulary * 4 / 2**20))
+"""
+
+
+def test_logits_of_a_batch_never_exist():
+    """The growth of the process over a step, in units of the fp32 logits: transformers' own loss takes several."""
+    grown = {}
+    for whose in ("ours", "transformers"):
+        path = {"PYTHONPATH": ":".join(filter(None, sys.path)), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-c", _PEAK, whose]
+        done = subprocess.run(command, env=path, capture_output=True, text=True, check=True)
+        grown[whose] = float(done.stdout)
+    assert grown["transformers"] > 1.5
+    assert grown["ours"] < 0.4
