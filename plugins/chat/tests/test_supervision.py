@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+import transformers as hf
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
 from fasttune.errors import DataError, ModelError
 from fasttune.task import Source
@@ -100,7 +102,7 @@ def marked(chat_bundle, turns, **row):
         ),
         (
             "mistral",
-            "<s>[INST] Be brief.\n\nSeven and five? [/INST] «Twelve.</s>»[INST] Sure? [/INST] «Yes, \n12 !</s>»",
+            "<s>[INST] Be brief.\n\nSeven and five? [/INST]« Twelve.</s>»[INST] Sure? [/INST]« Yes, \n12 !</s>»",
         ),
         (
             "alpaca",
@@ -285,3 +287,33 @@ def test_variables_reach_the_template(chat):
 def test_model_without_template_is_refused(chat):
     with pytest.raises(ModelError, match="has no chat template"):
         chat("model")
+
+
+def test_sentencepiece_with_bytes_for_what_it_does_not_know(tmp_path, make_model):
+    """Llama 2's kind: blanks become letters before the text is cut, and one character may be several tokens."""
+    core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>", *CHATML_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=360, special_tokens=special, show_progress=False)
+    core.train_from_iterator(["Seven and five is twelve. Sure?", "[INST] Yes [/INST]"], trainer)
+    made = hf.PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )
+    make_model(tmp_path)
+    made.save_pretrained(tmp_path)
+    turns = [USER("Seven and five?"), said("12 日本ü."), USER("Sure?"), said("Yes.")]
+    for template, answers in (
+        ("chatml", ("12 日本ü.<|im_end|>", "Yes.<|im_end|>")),
+        (PLAIN, ("12 日本ü.<|im_end|>", "Yes.<|im_end|>")),
+        ("mistral", ("12 日本ü.</s>", "Yes.</s>")),
+    ):
+        task = Chat(Chat.Options(template=template))
+        bundle = task.build(Source(tmp_path), [])
+        sample = task.encode({"messages": turns}, bundle, True)
+        labels = sample.tensors["labels"]
+        runs = np.split(labels, np.flatnonzero(np.diff(labels != -100)) + 1)
+        found = [bundle.processor.decode(run.tolist()).strip() for run in runs if run[0] != -100]
+        assert tuple(found) == answers
