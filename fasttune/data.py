@@ -127,11 +127,12 @@ class Encoded:
     """Samples of rows. Text is encoded once and kept; images and audio are decoded anew for each use.
 
     owner: int64 [samples], the position of each sample's row. costs: int64 [samples]. truncated: samples cut, by
-    the role of the column that was cut; "" where a task names none.
+    the role of the column that was cut; "" where a task names none. supervised: False where the rows are only to
+    be predicted.
     """
 
-    def __init__(self, rows: Rows, task: Task, bundle: Bundle, train: bool):
-        self.rows, self.task, self.bundle, self.train = rows, task, bundle, train
+    def __init__(self, rows: Rows, task: Task, bundle: Bundle, train: bool, supervised: bool = True):
+        self.rows, self.task, self.bundle, self.train, self.supervised = rows, task, bundle, train, supervised
         self.keep = media_kind(rows.columns) is None
         self.bad: list[BadRow] = []
         self.owner: list[int] = []
@@ -182,6 +183,7 @@ class Encoded:
 
     def _encode(self, position: int, raw: Mapping[str, Any]) -> list[Sample]:
         row = self.rows.read(position, media=True, raw=raw)
+        row = row if self.supervised else self.task.to_predict(row)
         samples = self.task.encode(row, self.bundle, self.train)
         return samples if isinstance(samples, list) else [samples]
 

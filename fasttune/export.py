@@ -57,7 +57,8 @@ def save_adapter(
     strategy = config.strategy
     assert isinstance(strategy, Lora)
     staged = _staged(folder, disk)
-    tensors = {_peft_name(name): value.detach().cpu().contiguous() for name, value in trained.items()}
+    named = {**trained, **_tied_names(bundle, trained)}
+    tensors = {_peft_name(name): value.detach().cpu().contiguous() for name, value in named.items()}
     save_file(tensors, staged / _ADAPTER_WEIGHTS, metadata={"format": "pt"})
     base, local = config.model, Path(config.model)
     record = {
@@ -78,8 +79,23 @@ def save_adapter(
     model: Any = bundle.model
     if hasattr(getattr(model, "config", None), "save_pretrained"):  # it names the classes
         model.config.save_pretrained(staged)
+    if getattr(model, "generation_config", None) is not None:  # how it writes: `generate` of the base takes it
+        model.generation_config.save_pretrained(staged)
     _save_processor(bundle, staged, card, disk)
     replace_folder(staged, folder, disk)
+
+
+def _tied_names(bundle: Bundle, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of trained weights that two modules of the head share, under their second names: PEFT looks for every
+    module of modules_to_save by its own name."""
+    first = {id(parameter): name for name, parameter in bundle.model.named_parameters()}
+    everything = bundle.model.named_parameters(remove_duplicate=False)
+    second = {name: first[id(parameter)] for name, parameter in everything if first[id(parameter)] != name}
+    return {
+        name: trained[other].clone()
+        for name, other in second.items()
+        if other in trained and any(name.startswith(f"{head}.") for head in bundle.head)
+    }
 
 
 def load_adapter(bundle: Bundle, folder: Path, config: Lora) -> None:
@@ -88,7 +104,7 @@ def load_adapter(bundle: Bundle, folder: Path, config: Lora) -> None:
     Raises ModelError if the adapter doesn't fit the model."""
     inject_lora(bundle, config)
     weights = load_file(folder / _ADAPTER_WEIGHTS)
-    own = dict(bundle.model.named_parameters()) | dict(bundle.model.named_buffers())
+    own = dict(bundle.model.named_parameters(remove_duplicate=False)) | dict(bundle.model.named_buffers())
     wanted = {name for name in own if name.rpartition(".")[2] in ("lora_a", "lora_b")}
     for name, value in weights.items():
         ours = _own_name(name)

@@ -122,9 +122,9 @@ def open_tables(config: RunConfig, task: Task, progress: Progress, signals: Sign
     other = None
     if valid_table is not None:
         other = open_rows(read(valid_table, media, "validation"), task.columns, named, limits)
-    task.check_columns(frozenset(rows.mapping))
-    if other is not None:
-        task.check_columns(frozenset(other.mapping))
+    for table in (rows, other):
+        if table is not None:
+            _check_columns(task, table)
     first = look(rows)
     notes = ["columns: " + ", ".join(f"{role} <- {name}" for role, name in rows.mapping.items())]
     if other is None:
@@ -153,6 +153,15 @@ def open_tables(config: RunConfig, task: Task, progress: Progress, signals: Sign
         {"train": first.fingerprint, "valid": second.fingerprint},
         notes,
     )
+
+
+def _check_columns(task: Task, rows: Rows) -> None:
+    """`Task.check_columns`, with the table and its columns in the message."""
+    try:
+        task.check_columns(frozenset(rows.mapping))
+    except DataError as error:
+        columns = ", ".join(rows.table.columns)
+        raise DataError(None, f"{rows.table.name}: {error.why}. Columns: {columns}.") from error
 
 
 def _names(label: Any) -> list[str]:
@@ -220,7 +229,7 @@ def prepare_rows(
     rows = open_rows(table, columns, named, limits)
     known = set(labels or ()) if label_role(columns) else None
     seen = check(rows, known)
-    encoded = Encoded(rows.take(seen.good), task, bundle, train=False).fill()
+    encoded = Encoded(rows.take(seen.good), task, bundle, train=False, supervised=supervised).fill()
     bad = [*seen.bad, *encoded.bad]
     if bad:
         raise BadRows(sorted(bad, key=lambda row: row.row))

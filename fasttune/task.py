@@ -195,6 +195,11 @@ class Task:
         missing (prediction). Raises DataError(column, why) for a row that can't be used."""
         raise NotImplementedError
 
+    def to_predict(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row as `encode` is to get it where a prediction is all that is wanted, columns that supervise left
+        out. Override it where one column holds both what is given and what is to be predicted: a conversation."""
+        return row
+
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Loss:
         """The loss of a padded batch [N, ...], through `fasttune.ops`."""
         raise NotImplementedError

@@ -6,14 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from fasttune.data import check, sort_classes
+from fasttune.data import Encoded, check, sort_classes
 from fasttune.errors import DataError
 from fasttune.media import Limits
 from fasttune.readers import MixedRows, Table, read
 from fasttune.rows import Rows, map_columns, open_rows
-from fasttune.task import Column
+from fasttune.task import Bundle, Column, Sample, Task
 
 TEXT = Column("text", "text", ("sentence", "body"))
 PAIR = Column("text_pair", "text", ("sentence2",), required=False)
@@ -216,3 +218,20 @@ def test_the_fingerprint_tells_data_apart_by_what_the_task_reads() -> None:
     assert check(rows_of((TEXT, LABEL), {**one, "other": 2})).fingerprint == same
     for change in ({"text": "b"}, {"label": "y"}, {"label": None}):
         assert check(rows_of((TEXT, LABEL), {**one, **change})).fingerprint != same
+
+
+def test_rows_that_are_only_predicted_pass_the_tasks_to_predict() -> None:
+    class Echo(Task):
+        columns = (Column("text", "text"),)
+
+        def to_predict(self, row: dict[str, Any]) -> dict[str, Any]:
+            return {"text": row["text"] + "?"}
+
+        def encode(self, row: dict[str, Any], bundle: Bundle, train: bool) -> Sample:
+            return Sample({"letters": np.frombuffer(row["text"].encode(), dtype=np.uint8)}, cost=1)
+
+    rows = open_rows(Table("t", MixedRows([{"text": "ab"}])), Echo.columns, {}, Limits())
+    bundle = Bundle(torch.nn.Linear(1, 1), None, (), (), ())
+    for supervised, expected in ((True, b"ab"), (False, b"ab?")):
+        encoded = Encoded(rows, Echo(), bundle, train=False, supervised=supervised).fill()
+        assert encoded[0].tensors["letters"].tobytes() == expected

@@ -98,7 +98,7 @@ def add_tokens(tokenizer: Any, model: Any, tokens: Sequence[str]) -> tuple[str, 
     missing = [token for token in tokens if token not in tokenizer.get_vocab()]
     if not missing:
         return ()
-    tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_additional_special_tokens=False)
+    tokenizer.add_tokens(missing, special_tokens=True)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
     grown = (model.get_input_embeddings(), model.get_output_embeddings())

@@ -1,0 +1,1 @@
+"""Chat, instructions and continued pretraining of decoder-only language models for fasttune."""
