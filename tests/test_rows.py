@@ -216,3 +216,22 @@ def test_the_fingerprint_tells_data_apart_by_what_the_task_reads() -> None:
     assert check(rows_of((TEXT, LABEL), {**one, "other": 2})).fingerprint == same
     for change in ({"text": "b"}, {"label": "y"}, {"label": None}):
         assert check(rows_of((TEXT, LABEL), {**one, **change})).fingerprint != same
+
+
+def test_rows_are_counted_by_what_the_task_names() -> None:
+    rows = open_rows(
+        Table("rows", MixedRows({"text": text} for text in ("a", "bb", "!", "cc"))),
+        (Column("text", "text"),),
+        {},
+        Limits(),
+    )
+
+    def count(row: Any) -> list[str]:
+        if row["text"] == "!":
+            raise DataError("text", "expected a word")
+        return ["long"] if len(row["text"]) > 1 else []
+
+    seen = check(rows, count=count)
+    assert seen.counted == {"long": 2}
+    assert seen.good.tolist() == [0, 1, 3]
+    assert [(bad.row, bad.column, bad.why) for bad in seen.bad] == [(3, "text", "expected a word")]
