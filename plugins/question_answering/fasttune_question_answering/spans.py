@@ -52,12 +52,15 @@ def best_answer(
         for begin, end, score in window["spans"]:
             place = trimmed(context, begin, end)
             scores[place] = max(score, scores.get(place, score))
-    ranked = sorted(scores.items(), key=lambda item: (-item[1], item[0]))[:count]
+    ranked = sorted(scores.items(), key=lambda item: (-item[1], item[0]))
     if not ranked:  # the logits of a model that diverged are no numbers
         return {"answer": "", "score": 0.0, "start": 0, "end": 0}
     (begin, end), best = ranked[0]
     null = min(window["null"] for window in windows)
-    shares = _softmax([score for _, score in ranked] + ([null] if unanswerable else []))
+    near = [score for _, score in ranked[:count]]
+    if unanswerable:  # it is one of the best, or stands beside them
+        near = [*(near[: max(1, count - 1)] if null > near[-1] else near), null]
+    shares = _softmax(near)
     answer = {"answer": context[begin:end], "score": shares[0], "start": begin, "end": end}
     if not unanswerable:
         return answer

@@ -58,7 +58,7 @@ class Cutter:
         if nothing is left of the question or the context, or if they have no room."""
         question, cut = self._question(question)
         length = self.tokenizer.model_max_length
-        room = length - len(self.tokenizer(*self._pair(question, ""), verbose=False)["input_ids"])
+        room = length - self._beside(question)
         if room < 1:
             raise DataError(
                 "question",
@@ -103,6 +103,11 @@ class Cutter:
     def _offsets(self, text: str) -> list[tuple[int, int]]:
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return encoding["offset_mapping"]
+
+    def _beside(self, question: str) -> int:
+        """How many tokens of a window are not the context's. An empty context would get no separator."""
+        parts = self.tokenizer(*self._pair(question, "a"), verbose=False).sequence_ids(0)
+        return sum(part != int(self._question_first) for part in parts)
 
     def _shared(self, length: int, room: int) -> int:
         wanted = min(128, length // 2) if self.stride is None else self.stride

@@ -6,6 +6,7 @@ import tempfile
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="fasttune-qa-tests-"))
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -15,9 +16,10 @@ PAD, UNK, CLS, SEP, EOS = range(5)
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[EOS]"]
 TEXT = (
     "The river Elbe rises in the Giant Mountains and flows through Dresden, Magdeburg and Hamburg to the "
-    "North Sea. It is 1,094 kilometres long. In 1842 a fire destroyed a third of Hamburg. Who built the first bridge? "
-    "Käthe Zürn, an engineer born in 1801, built the first bridge near Meißen; it cost $4.5 million. "
-    "What did it cost? Where does the river rise? How long is it? When was she born? Which city burned? 🍐 and 梨 are pears. "
+    "North Sea. It is 1,094 kilometres long. In 1842 a fire destroyed a third of Hamburg. Who built the "
+    "first bridge? Käthe Zürn, an engineer born in 1801, built the first bridge near Meißen; it cost $4.5 "
+    "million. What did it cost? Where does the river rise? How long is it? When was she born? Which city "
+    "burned? 🍐 and 梨 are pears. "
 )
 VOCABULARY = 512
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -172,11 +174,19 @@ def text():
     return TEXT
 
 
+def stack(samples, padding):
+    """A batch as the host makes it: padded at the end to the longest."""
+    batch = {}
+    for name in samples[0].tensors:
+        arrays = [torch.from_numpy(np.asarray(sample.tensors[name])) for sample in samples]
+        whole = arrays[0].ndim and torch.nn.utils.rnn.pad_sequence(arrays, True, padding.get(name, 0))
+        batch[name] = whole if arrays[0].ndim else torch.stack(arrays)
+    return batch
+
+
 @pytest.fixture
 def collate():
-    from fasttune.batching import collate
-
-    return collate
+    return stack
 
 
 @pytest.fixture(name="nested")
