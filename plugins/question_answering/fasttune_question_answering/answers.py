@@ -50,7 +50,7 @@ def _read(answers: Any, starts: Any) -> tuple[list[str], list[int | None]]:
     """Texts and offsets; an offset is None where the row gives none."""
     answers = _parsed(answers)
     if isinstance(answers, str):
-        found = [(answers, starts)] if answers.strip() else []
+        found = _paired([answers], starts) if answers.strip() else []
     elif answers is None:
         found = []
     elif isinstance(answers, Mapping):

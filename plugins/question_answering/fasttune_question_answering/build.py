@@ -8,7 +8,7 @@ from transformers import MODEL_FOR_QUESTION_ANSWERING_MAPPING, AutoModelForQuest
 
 from fasttune.errors import ConfigError, ModelError
 from fasttune.models import tokenizer as tokenizers
-from fasttune.models.checkpoint import LOADING_ERRORS, load_config, require_family, trouble
+from fasttune.models.checkpoint import LOADING_ERRORS, load_config, require_family
 from fasttune.models.heads import Headed, open_headed, restart
 from fasttune.task import Bundle, Source
 from fasttune_question_answering.options import QuestionAnsweringOptions
@@ -93,4 +93,7 @@ def _reads_from_left_to_right(source: Source, model: Any, tokenizer: Any) -> boo
         one, other = (model(**{**inputs, "input_ids": ids}) for ids in (inputs["input_ids"], changed))
         return bool(torch.equal(one.start_logits[:, : context[-1]], other.start_logits[:, : context[-1]]))
     except (*LOADING_ERRORS, IndexError) as error:
-        raise trouble(source, "a start and an end of an answer in plain text", error) from error
+        why = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"model {str(source)!r} gives no start and end of an answer in plain text: {why}"
+        ) from error
