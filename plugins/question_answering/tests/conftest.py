@@ -126,7 +126,7 @@ def make_tokenizer(folder, kind="words", pad=True, **settings):
         case "metaspace":
             core, names = metaspace()
     names |= {"unk_token": "[UNK]", "eos_token": "[EOS]"} | ({"pad_token": "[PAD]"} if pad else {})
-    kinds = ["input_ids", "token_type_ids", "attention_mask"]
+    kinds = ["input_ids", "attention_mask", *(["token_type_ids"] if kind in ("words", "left") else [])]
     tokenizer = hf.PreTrainedTokenizerFast(
         tokenizer_object=core, **names | {"model_input_names": kinds} | settings
     )
