@@ -2,17 +2,16 @@
 
 import csv
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
+from click.testing import CliRunner
 
 import fasttune
+from fasttune.cli import main
 from fasttune.errors import BadRows, DataError
 
 OPTIONS = {"max_length": 32, "doc_stride": 10, "max_answer_length": 6, "no_answer_threshold": 0.0}
@@ -277,18 +276,10 @@ def test_rows_to_score_need_answers_and_rows_to_predict_do_not(make_model, files
 
 
 def command(*arguments):
-    path = os.pathsep.join(filter(None, sys.path))
-    done = subprocess.run(
-        [sys.executable, "-m", "fasttune", *arguments],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.returncode, done.stdout, done.stderr
+    done = CliRunner().invoke(main, arguments)
+    return done.exit_code, done.stdout, done.stderr
 
 
-@pytest.mark.slow
 def test_the_command_line_takes_squad_files(make_model, files, tmp_path):
     data = ["--data", files["train"], "--valid", files["valid"], "--model", make_model(tmp_path / "bert", "bert")]
     settings = [f"--set=options.{name}={value}" for name, value in OPTIONS.items()]
