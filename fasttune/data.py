@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,13 +16,15 @@ from fasttune.rows import Rows, media_kind
 from fasttune.task import Bundle, Column, Sample, Task
 
 Progress = Callable[[int, int], None]  # (rows done, rows in all); may raise Stopped
+Count = Callable[[Mapping[str, Any]], Iterable[str]]
 
 
 @dataclass
 class Checked:
     """What one look at all rows gave, before any model is loaded.
 
-    good: int64, positions of usable rows. keys: a hash of each row's inputs. classes: rows a class.
+    good: int64, positions of usable rows. keys: a hash of each row's inputs. classes: rows a class. counted: rows
+    a name that the task counts by.
     """
 
     good: np.ndarray
@@ -30,16 +32,21 @@ class Checked:
     keys: list[bytes]
     labels: list[Any]
     classes: Counter[str]
+    counted: Counter[str]
     fingerprint: str
 
 
-def check(rows: Rows, known: set[str] | None = None, progress: Progress | None = None) -> Checked:
-    """Reads every row but its media. known: the classes that labels must be among (those of train)."""
+def check(
+    rows: Rows, known: set[str] | None = None, progress: Progress | None = None, count: Count | None = None
+) -> Checked:
+    """Reads every row but its media. known: the classes that labels must be among (those of train). count: what
+    else to count a row by, `Task.count`."""
     good: list[int] = []
     bad: list[BadRow] = []
     keys: list[bytes] = []
     labels: list[Any] = []
     classes: Counter[str] = Counter()
+    counted: Counter[str] = Counter()
     digest = hashlib.blake2b(digest_size=16)
     role = label_role(rows.columns)
     for position, raw in enumerate(rows):
@@ -56,15 +63,17 @@ def check(rows: Rows, known: set[str] | None = None, progress: Progress | None =
                     f"label {unknown[0]!r} is not among the {len(known or ())} of train."
                     f"{nearest(unknown[0], known or ())}",
                 )
+            names = list(count(row)) if count else []
         except DataError as error:
             bad.append(rows.bad(position, error))
             continue
         classes.update(found)
+        counted.update(names)
         labels[-1] = row.get(role) if role else None
         good.append(position)
         if progress and position % 256 == 0:
             progress(position, len(rows))
-    return Checked(np.asarray(good, dtype=np.int64), bad, keys, labels, classes, digest.hexdigest())
+    return Checked(np.asarray(good, dtype=np.int64), bad, keys, labels, classes, counted, digest.hexdigest())
 
 
 def label_role(columns: Sequence[Column]) -> str | None:

@@ -63,7 +63,7 @@ def save_adapter(
     base, local = config.model, Path(config.model)
     record = {
         "peft_type": "LORA",
-        "task_type": _PEFT_TASK_TYPES.get(config.task.rpartition(":")[2]),
+        "task_type": _peft_task_type(config, bundle),
         "base_model_name_or_path": str(local.resolve()) if local.is_dir() else base,
         "r": strategy.rank,
         "lora_alpha": strategy.alpha,
@@ -114,6 +114,15 @@ def load_adapter(bundle: Bundle, folder: Path, config: Lora) -> None:
         wanted.discard(ours)
     if wanted:
         raise ModelError(f"{folder}: the adapter lacks {len(wanted)} matrices, the first: {sorted(wanted)[0]}")
+
+
+def _peft_task_type(config: RunConfig, bundle: Bundle) -> str | None:
+    kind = _PEFT_TASK_TYPES.get(config.task.rpartition(":")[2])
+    # PeftModelForQuestionAnswering (peft 0.21) keeps token_type_ids from the model, which then computes something
+    # else. An adapter without a task type is opened by PeftModel, which hands everything on.
+    if kind == "QUESTION_ANS" and "token_type_ids" in getattr(bundle.processor, "model_input_names", ()):
+        return None
+    return kind
 
 
 def _peft_name(name: str) -> str:

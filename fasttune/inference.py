@@ -84,7 +84,7 @@ class Model:
         limits = Limits(self.config.data.max_pixels, self.config.data.max_audio_seconds)
         named = dict(self.config.data.columns)
         if isinstance(rows, (str, Path)):
-            table = read(str(rows), media_kind(self.task.columns), "test")
+            table = read(str(rows), media_kind(self.task.columns), "test", self.task.rows_of)
         else:
             table = Table("rows", MixedRows(dict(row) for row in rows))
         # Rows made by hand name the roles, whatever the training data called its columns.

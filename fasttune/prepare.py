@@ -100,6 +100,7 @@ class Tables:
     bad: list[BadRow]
     total: int
     classes: Counter[str]
+    counted: Counter[str]
     fingerprint: dict[str, str]
     notes: list[str]
 
@@ -112,16 +113,16 @@ def open_tables(config: RunConfig, task: Task, progress: Progress, signals: Sign
             signals.poll("reading data")
             progress.preparing(f"reading {rows.table.name}", done, total)
 
-        return check(rows, known, report)
+        return check(rows, known, report, task.count)
 
     limits = Limits(config.data.max_pixels, config.data.max_audio_seconds)
     media = media_kind(task.columns)
     valid_table = config.data.valid if isinstance(config.data.valid, str) else None
     named = config.data.columns
-    rows = open_rows(read(config.data.train, media), task.columns, named, limits)
+    rows = open_rows(read(config.data.train, media, rows_of=task.rows_of), task.columns, named, limits)
     other = None
     if valid_table is not None:
-        other = open_rows(read(valid_table, media, "validation"), task.columns, named, limits)
+        other = open_rows(read(valid_table, media, "validation", task.rows_of), task.columns, named, limits)
     for table in (rows, other):
         if table is not None:
             _check_columns(task, table)
@@ -136,7 +137,16 @@ def open_tables(config: RunConfig, task: Task, progress: Progress, signals: Sign
         classes = Counter(name for at in train_at.tolist() for name in _names(first.labels[at]))
         notes.append(f"valid: {len(valid_at):,} of {len(rows):,} rows held out of train, by hash")
         fingerprint = {"train": first.fingerprint}
-        return Tables(rows.take(train_at), rows.take(valid_at), first.bad, len(rows), classes, fingerprint, notes)
+        return Tables(
+            rows.take(train_at),
+            rows.take(valid_at),
+            first.bad,
+            len(rows),
+            classes,
+            first.counted,
+            fingerprint,
+            notes,
+        )
     second = look(other, set(first.classes) if label_role(task.columns) else None)
     known = set(first.keys)
     shared = sum(key in known for key in second.keys)
@@ -150,6 +160,7 @@ def open_tables(config: RunConfig, task: Task, progress: Progress, signals: Sign
         first.bad + second.bad,
         len(rows) + len(other),
         first.classes,
+        first.counted,
         {"train": first.fingerprint, "valid": second.fingerprint},
         notes,
     )
@@ -174,7 +185,7 @@ def prepare(config: RunConfig, progress: Progress, signals: Signals, remote_code
     tables = open_tables(config, task, progress, signals)
     classes = {name: tables.classes[name] for name in sort_classes(list(tables.classes))}
     try:
-        task = type(task)(task.resolve(classes))
+        task = type(task)(task.resolve({**classes, **tables.counted}))
     except DataError as error:
         if tables.bad:  # the classes may be what they are because of the bad rows
             settle(tables.bad, tables.total, "stop", 0.0)

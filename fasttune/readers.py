@@ -10,6 +10,7 @@ import glob
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,9 +36,12 @@ _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _MAX_FIELD_CHARACTERS = 2**31 - 1  # csv's own default of 131,072 is less than one long document
 
 
+RowsOf = Callable[[dict[str, Any]], list[dict[str, Any]] | None]  # `Task.rows_of`
+
+
 class MixedRows(list[dict[str, Any]]):
-    """Rows of a JSON lines file in which one column holds several types: Arrow can't hold them, yet each bad
-    row is to be named, with all other bad rows."""
+    """Rows that one column may hold several types in: Arrow can't hold them, yet each bad row is to be named, with
+    all other bad rows."""
 
     @property
     def column_names(self) -> list[str]:
@@ -62,16 +66,22 @@ class Table:
         return list(self.dataset.column_names)
 
 
-def read(spec: str, media: Literal["image", "audio"] | None = None, split: str = "train") -> Table:
+def read(
+    spec: str,
+    media: Literal["image", "audio"] | None = None,
+    split: str = "train",
+    rows_of: RowsOf | None = None,
+) -> Table:
     """Opens a table: a file, a folder of images or audio, a folder that `datasets` saved, or a hub id.
 
-    media: what the task reads from files, if anything. split: of a hub id that names none. Raises DataError.
+    media: what the task reads from files, if anything. split: of a hub id that names none. rows_of: makes the rows
+    of a JSON file that is one nested object. Raises DataError.
     """
     path = Path(spec).expanduser()
     if path.is_dir():
         table = _read_folder(path, spec, media)
     elif path.is_file():
-        table = _read_file(path, spec)
+        table = _read_document(path, spec, rows_of) or _read_file(path, spec)
     elif path.suffix.lower() in {*_DELIMITERS, *_FORMATS} or not _HUB_ID.fullmatch(spec):
         raise DataError(None, f"{spec}: no such file or folder")
     else:
@@ -101,6 +111,31 @@ def _read_file(path: Path, name: str) -> Table:
         with path.open(encoding="utf-8-sig") as file:
             return Table(name, MixedRows(json.loads(line) for line in file), root)
     return Table(name, _load(_FORMATS[suffix], name, **_file(path)), root)
+
+
+def _read_document(path: Path, name: str, rows_of: RowsOf | None) -> Table | None:
+    """The rows of a .json file that is one object of a layout known to the task; None for any other file."""
+    if rows_of is None or path.suffix.lower() != ".json":
+        return None
+    with path.open("rb") as file:
+        first = file.readline().removeprefix(b"\xef\xbb\xbf").strip()
+        second = file.readline().lstrip()
+    if first[:1] != b"{" or (first[-1:] == b"}" and second[:1] == b"{"):
+        return None
+    _check_utf8(path, name)
+    try:
+        document = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        if second[:1] in (b"", b"{"):  # JSON lines: the broken ones are named all at once
+            return None
+        raise DataError(
+            None, f"{name}, line {error.lineno}: broken JSON: {error.msg} at column {error.colno}"
+        ) from error
+    try:
+        rows = rows_of(document)
+    except DataError as error:
+        raise DataError(None, f"{name}: {error}") from error
+    return None if rows is None else Table(name, MixedRows(rows), path.resolve().parent)
 
 
 def _file(path: Path) -> dict[str, str]:

@@ -11,7 +11,7 @@ A task says what a row means, what the loss is, and what a prediction looks like
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -232,6 +232,17 @@ class Task:
     def check_columns(self, roles: frozenset[str]) -> None:
         """Raises DataError(None, why) if the roles that the data have a column for can't make a row together."""
 
+    @classmethod
+    def rows_of(cls, document: dict[str, Any]) -> list[dict[str, Any]] | None:
+        """The rows, in order, of a JSON file that is one nested object, such as SQuAD's; None if the layout is not
+        known to this task. Raises DataError(None, why) if it is known and broken."""
+        return None
+
+    def count(self, row: Mapping[str, Any]) -> Iterable[str]:
+        """Names under which `resolve` is to find this row counted, beside the classes of a label column. row: by
+        role, values checked, media not opened. Raises DataError(column, why) for a row that can't be used."""
+        return ()
+
     def meter(self) -> Meter:
         raise NotImplementedError
 
@@ -242,8 +253,9 @@ class Task:
     def resolve(self, counts: Mapping[str, int]) -> Any:
         """The options with everything written out that depends on the classes of train, such as class weights.
 
-        counts: rows a class, sorted by class name; empty if the task has no label column. Raises
-        DataError(column, why) if these classes can't be learned. The host makes a new task of it.
+        counts: rows a class, sorted by class name, then rows a name that `count` gave, in all of train; empty if
+        there is neither. Raises DataError(column, why) if these classes can't be learned. The host makes a new
+        task of it.
         """
         return self.options
 

@@ -264,3 +264,54 @@ def test_hub_ids_name_their_split(
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert len(read(spec, split="validation").dataset) == len(ROWS)
     assert asked == [(identifier, config, split)]
+
+
+def rows_of_shelves(document: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """A nested layout as a task may know it."""
+    if "shelves" not in document:
+        return None
+    if not isinstance(document["shelves"], list):
+        raise DataError(None, "shelves: expected a list")
+    return [{"text": book, "label": shelf["label"]} for shelf in document["shelves"] for book in shelf["books"]]
+
+
+SHELVES = {"version": 1, "shelves": [{"label": "a", "books": ["x", 2]}, {"label": "b", "books": ["y"]}]}
+
+
+@pytest.mark.parametrize("indent", [None, 0, 2])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_nested_document_becomes_rows(tmp_path: Path, indent: int | None, mark: str) -> None:
+    path = tmp_path / "nested.json"
+    path.write_text(mark + json.dumps(SHELVES, indent=indent), encoding="utf-8")
+    table = read(str(path), rows_of=rows_of_shelves)
+    assert list(table.dataset) == [
+        {"text": "x", "label": "a"},
+        {"text": 2, "label": "a"},
+        {"text": "y", "label": "b"},
+    ]
+    assert table.root == tmp_path
+
+
+def test_other_json_files_are_read_as_ever(tmp_path: Path) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS)
+    for number, text in enumerate((lines, json.dumps(ROWS), json.dumps(ROWS, indent=1), json.dumps(ROWS[0]))):
+        path = tmp_path / f"{number}.json"
+        path.write_text(text, encoding="utf-8")
+        found = list(read(str(path), rows_of=rows_of_shelves).dataset)
+        assert found == (ROWS[:1] if number == 3 else ROWS)
+    path.write_text('{"text": "cut", "la\n{"text": "whole", "label": "a"}\n{"text"\n')
+    with pytest.raises(DataError, match=r"line 1: broken JSON[\s\S]*line 3: broken JSON"):
+        read(str(path), rows_of=rows_of_shelves)
+
+
+def test_faults_of_a_nested_document_are_named_once(tmp_path: Path) -> None:
+    path = tmp_path / "nested.json"
+    path.write_text(json.dumps(SHELVES, indent=1)[:-30])
+    with pytest.raises(DataError, match=r"nested\.json, line \d+: broken JSON: .* at column \d+$"):
+        read(str(path), rows_of=rows_of_shelves)
+    path.write_text(json.dumps({"shelves": 3}))
+    with pytest.raises(DataError, match=r"nested\.json: shelves: expected a list"):
+        read(str(path), rows_of=rows_of_shelves)
+    path.write_text(json.dumps({"shelves": []}))
+    with pytest.raises(DataError, match="has no rows"):
+        read(str(path), rows_of=rows_of_shelves)

@@ -235,3 +235,22 @@ def test_rows_that_are_only_predicted_pass_the_tasks_to_predict() -> None:
     for supervised, expected in ((True, b"ab"), (False, b"ab?")):
         encoded = Encoded(rows, Echo(), bundle, train=False, supervised=supervised).fill()
         assert encoded[0].tensors["letters"].tobytes() == expected
+
+
+def test_rows_are_counted_by_what_the_task_names() -> None:
+    rows = open_rows(
+        Table("rows", MixedRows({"text": text} for text in ("a", "bb", "!", "cc"))),
+        (Column("text", "text"),),
+        {},
+        Limits(),
+    )
+
+    def count(row: Any) -> list[str]:
+        if row["text"] == "!":
+            raise DataError("text", "expected a word")
+        return ["long"] if len(row["text"]) > 1 else []
+
+    seen = check(rows, count=count)
+    assert seen.counted == {"long": 2}
+    assert seen.good.tolist() == [0, 1, 3]
+    assert [(bad.row, bad.column, bad.why) for bad in seen.bad] == [(3, "text", "expected a word")]

@@ -105,5 +105,5 @@ def untrained(model: nn.Module, lacking: set[str]) -> tuple[list[str], list[str]
 
 
 def inside(name: str, modules: Iterable[str]) -> bool:
-    """Whether a parameter's name lies in one of the modules."""
-    return any(name.startswith(f"{module}.") for module in modules)
+    """Whether a parameter's name lies in one of the modules; all lie in "", the model itself."""
+    return any(name.startswith(f"{module}.") or not module for module in modules)

@@ -12,16 +12,22 @@ _READS_WEIGHTS = ("WavLMAttention",)
 
 
 def base_name(model: Any) -> str:
-    """The child that holds the pretrained backbone: what transformers names, else the largest."""
+    """The child that holds the pretrained backbone: what transformers names, else the largest; "", the model
+    itself, where encoder and decoder are children of their own (T5)."""
     stated = getattr(model, "base_model_prefix", "")
     children = dict(model.named_children())
     if stated in children:
         return stated
+    if getattr(model.config, "is_encoder_decoder", False) and {"encoder", "decoder"} <= children.keys():
+        return ""
     return max(children, key=lambda name: _size(children[name]))
 
 
 def head_modules(model: nn.Module, base: str) -> list[str]:
-    """Top-level modules with parameters outside the backbone. A timm model has its classifier inside."""
+    """Top-level modules with parameters outside the backbone; the linear ones, if the model itself is that. A timm
+    model has its classifier inside."""
+    if not base:
+        return [name for name, child in model.named_children() if isinstance(child, nn.Linear)]
     names = [name for name, child in model.named_children() if name != base and _size(child)]
     inner = getattr(model, base)
     if not names and hasattr(inner, "get_classifier"):
@@ -66,7 +72,7 @@ def _outermost(module: nn.Module, name: str, kind: type[nn.Module]) -> dict[str,
         return {name: module} if _size(module) else {}
     found: dict[str, nn.Module] = {}
     for child_name, child in module.named_children():
-        found |= _outermost(child, f"{name}.{child_name}", kind)
+        found |= _outermost(child, f"{name}.{child_name}" if name else child_name, kind)
     return found
 
 

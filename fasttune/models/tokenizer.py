@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import AutoTokenizer
 
-from fasttune.errors import ConfigError, ModelError
+from fasttune.errors import ConfigError, DataError, ModelError
 from fasttune.models.checkpoint import LOADING_ERRORS, load_arguments, quiet, trouble
 from fasttune.task import Source
 
@@ -39,10 +40,37 @@ def fit_tokenizer(source: Source, tokenizer: Any, model: Any, max_length: int | 
             f"model {str(source)!r} ({model.config.model_type}) wants padding on the left of a text; fasttune "
             "pads on the right"
         )
-    tokenizer.model_max_length = _length(tokenizer, model, max_length)
+    fit_length(tokenizer, model, max_length)
     tokenizer.padding_side = "right"
+    fit_inputs(tokenizer, model)
+    fit_padding(source, tokenizer, model, decoder)
+
+
+def fit_length(tokenizer: Any, model: Any, wanted: int | None, longest: int = LONGEST_DEFAULT) -> None:
+    """Writes the length limit into the tokenizer: what is wanted, else what tokenizer and model state, at most
+    `longest`. Raises ConfigError if the wanted length leaves no room for text, or is more than the model has."""
+    limit = positions(model)
+    if wanted is None:
+        stated = int(min(tokenizer.model_max_length, longest))  # 1e30 where the tokenizer states none
+        tokenizer.model_max_length = stated if limit is None else min(stated, limit)
+        return
+    if limit is not None and wanted > limit:
+        raise ConfigError(f"options.max_length: {wanted} is more than the model's {limit} positions")
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    if wanted <= special:
+        raise ConfigError(f"options.max_length: {wanted} leaves no room for text beside {special} special tokens")
+    tokenizer.model_max_length = wanted
+
+
+def fit_inputs(tokenizer: Any, model: Any) -> None:
+    """Lets the tokenizer make only tensors that the model takes."""
     accepted = inspect.signature(model.forward).parameters
     tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in accepted]
+
+
+def fit_padding(source: Source, tokenizer: Any, model: Any, decoder: bool) -> None:
+    """A padding token, the end-of-text token where there is none; the model's configuration learns of it.
+    Raises ModelError if there is neither."""
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ModelError(
@@ -54,6 +82,17 @@ def fit_tokenizer(source: Source, tokenizer: Any, model: Any, max_length: int | 
         # Where it is no decoder, the configuration's own id stays: RoBERTa counts its positions from it.
         if getattr(part, "pad_token_id", None) is None or decoder:
             part.pad_token_id = tokenizer.pad_token_id
+
+
+def check_ids(ids: np.ndarray, tokenizer: Any, model: Any, column: str) -> None:
+    """Raises DataError(column, why) if a token is not in the model's vocabulary. ids: int64 [tokens >= 1]."""
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+    if vocabulary is not None and ids.max() >= vocabulary:
+        raise DataError(
+            column,
+            f"token {tokenizer.convert_ids_to_tokens(int(ids.max()))!r} has id {ids.max()}, but the model's "
+            f"vocabulary ends at {vocabulary - 1}: tokenizer and model don't belong together",
+        )
 
 
 def fit_language_tokenizer(source: Source, tokenizer: Any, model: Any) -> list[str]:
@@ -103,20 +142,6 @@ def add_tokens(tokenizer: Any, model: Any, tokens: Sequence[str]) -> tuple[str, 
         model.resize_token_embeddings(len(tokenizer))
     grown = (model.get_input_embeddings(), model.get_output_embeddings())
     return tuple(name for name, module in model.named_modules() if any(module is own for own in grown))
-
-
-def _length(tokenizer: Any, model: Any, wanted: int | None) -> int:
-    """Raises ConfigError if the wanted length leaves no room for text, or is more than the model has positions."""
-    limit = positions(model)
-    if wanted is None:
-        stated = min(tokenizer.model_max_length, LONGEST_DEFAULT)  # 1e30 where the tokenizer states none
-        return int(min(stated, limit) if limit is not None else stated)
-    if limit is not None and wanted > limit:
-        raise ConfigError(f"options.max_length: {wanted} is more than the model's {limit} positions")
-    special = tokenizer.num_special_tokens_to_add(pair=True)
-    if wanted <= special:
-        raise ConfigError(f"options.max_length: {wanted} leaves no room for text beside {special} special tokens")
-    return wanted
 
 
 def positions(model: Any) -> int | None:

@@ -1,25 +1,14 @@
 """Loads a backbone with a head for the classes of train, and says where its parts are."""
 
 import copy
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig
 
-from fasttune.models import structure
 from fasttune.models.checkpoint import quiet
-from fasttune.models.loading import (
-    Loaded,
-    by_its_backbone,
-    check_backbone,
-    inside,
-    pretrained,
-    random_model,
-    untrained,
-)
+from fasttune.models.heads import Headed, open_headed, restart
 from fasttune.task import Source
 from fasttune_classification.head import HeadPlan, plan_head, write_head
 
@@ -43,40 +32,24 @@ def build_model(source: Source, config: PreTrainedConfig, auto: Any, labels: lis
     """
     plan = plan_head(config, labels, problem)
     write_head(config, plan.names, problem)
-    loaded = random_model(source, config, auto) if source.random_weights else pretrained(source, config, auto)
-    model = loaded.model.eval()
-    base = structure.base_name(model)
-    blocks = structure.block_names(model, base)
-    if any(inside(name, blocks) for name in loaded.missing):
-        loaded = by_its_backbone(source, config, loaded, base)
-    head = structure.head_modules(model, base)
-    notes = []
+    opened = open_headed(source, config, auto)
     if source.random_weights:
-        notes = ["random weights: nothing is pretrained", f"new head: {_outputs(plan, problem)}"]
+        notes = (*opened.notes, f"new head: {_outputs(plan, problem)}")
     else:
-        lacking = {name for name in loaded.missing if inside(name, [base]) and not inside(name, head)}
-        check_backbone(source, loaded, base, blocks, lacking)
-        notes.append(_settle_head(loaded, auto, plan, base, head, problem))
-        modules, loose = untrained(model, lacking)
-        head += modules
-        if modules or loose:
-            notes.append(f"not in the checkpoint, newly initialised: {', '.join([*modules, *loose])}")
-    if getattr(model.config, "use_cache", False):
-        model.config.use_cache = False  # a classifier never reads the keys and values that it would keep
-    return Built(model, tuple(head), blocks, structure.linear_names(model, blocks, head), tuple(notes))
+        notes = (_settle_head(opened, auto, plan, problem), *opened.notes)
+    return Built(opened.model, opened.head, opened.blocks, opened.lora_targets, notes)
 
 
-def _settle_head(loaded: Loaded, auto: Any, plan: HeadPlan, base: str, head: list[str], problem: str) -> str:
+def _settle_head(opened: Headed, auto: Any, plan: HeadPlan, problem: str) -> str:
     """Starts the head anew where it means other classes than those of train. Returns what the user should know."""
     now = _outputs(plan, problem)
-    outside = {name for name in loaded.missing if inside(name, head) or not inside(name, [base])}
-    if outside - loaded.mismatched:
+    if opened.missing - opened.mismatched:
         return f"new head: {now}"
-    if outside:
+    if opened.missing:
         return f"head replaced: {plan.was} {_noun(plan.was, problem)} became {len(plan.names)}"
     if plan.keep:
         return f"head kept: {now}"
-    _restart(loaded.model, _sized_by_labels(loaded.model, auto))
+    restart(opened.model, _sized_by_labels(opened.model, auto))
     return f"head replaced: its {plan.was} {_noun(plan.was, problem)} are not the ones of train"
 
 
@@ -88,17 +61,6 @@ def _sized_by_labels(model: Any, auto: Any) -> list[str]:
         probe = auto.from_config(config, trust_remote_code=False)
     shapes = {name: parameter.shape for name, parameter in probe.named_parameters()}
     return [name for name, parameter in model.named_parameters() if shapes[name] != parameter.shape]
-
-
-def _restart(model: Any, names: Iterable[str]) -> None:
-    """Draws parameters anew: weights from a normal distribution, biases at zero, as transformers does."""
-    deviation = getattr(model.config, "initializer_range", None) or 0.02
-    for name in names:
-        parameter = model.get_parameter(name)
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=deviation)
-        else:
-            nn.init.zeros_(parameter)
 
 
 def _outputs(plan: HeadPlan, problem: str) -> str:

@@ -110,6 +110,8 @@ class TextClassification(Classifier):
         """
         import numpy as np
 
+        from fasttune.models.tokenizer import check_ids
+
         tokenizer = bundle.processor
         texts = [row["text"]] if row.get("text_pair") is None else [row["text"], row["text_pair"]]
         encoding = tokenizer(*texts, truncation=False, verbose=False)
@@ -120,14 +122,7 @@ class TextClassification(Classifier):
         ids = tensors["input_ids"]
         if not ids.size:
             raise DataError("text", f"the tokenizer makes no token of {row['text'][:40]!r}")
-        config: Any = bundle.model.config
-        vocabulary = getattr(config.get_text_config(), "vocab_size", None)
-        if vocabulary is not None and ids.max() >= vocabulary:
-            raise DataError(
-                "text",
-                f"token {tokenizer.convert_ids_to_tokens(int(ids.max()))!r} has id {ids.max()}, but the model's "
-                f"vocabulary ends at {vocabulary - 1}: tokenizer and model don't belong together",
-            )
+        check_ids(ids, tokenizer, bundle.model, "text")
         return Sample(tensors | self.target(row, bundle), cost=ids.size, truncated=whole - ids.size)
 
     @classmethod
