@@ -26,7 +26,8 @@ _PROBE = 8  # tokens
 class Opened:
     """A language model, and the names that `Bundle` wants.
 
-    head: the output projection, pretrained with the rest (`Bundle.head_is_new` is False).
+    head: the modules that own the output projection's parameters, pretrained with the rest (`Bundle.head_is_new`
+    is False): the embeddings, where the two are tied.
     """
 
     model: Any
@@ -60,14 +61,21 @@ def open_language_model(source: Source, config: Any, auto: Any) -> Opened:
     blocks = structure.block_names(model, base)
     tied = set(getattr(model, "all_tied_weights_keys", ()))
     lacking = {name for name in loaded.missing if name not in tied}
-    head = projection_name(model)
+    head = _owners(model, projection_name(model))
     notes = ["random weights: nothing is pretrained"] if source.random_weights else []
     if lacking:
         check_backbone(source, loaded, base, blocks, lacking)
         raise ModelError(f"model {str(source)!r}: {min(lacking)} is not in the checkpoint, and can't be made up")
     note = settle_projection(model)
-    targets = structure.linear_names(model, blocks, (head,))
-    return Opened(model, (head,), blocks, targets, (*notes, *([note] if note else [])))
+    targets = structure.linear_names(model, blocks, head)
+    return Opened(model, head, blocks, targets, (*notes, *([note] if note else [])))
+
+
+def _owners(model: Any, module: str) -> tuple[str, ...]:
+    """The modules under whose names `named_parameters` lists a module's parameters: it lists a shared one once."""
+    own = {id(parameter) for parameter in model.get_submodule(module).parameters()}
+    names = (name for name, parameter in model.named_parameters() if id(parameter) in own)
+    return tuple(dict.fromkeys(name.rpartition(".")[0] for name in names))
 
 
 def projection_name(model: Any) -> str:
