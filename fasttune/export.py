@@ -23,8 +23,6 @@ _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PEFT_TASK_TYPES = {
     "text-classification": "SEQ_CLS",
     "token-classification": "TOKEN_CLS",
-    "text-generation": "CAUSAL_LM",
-    "summarization": "SEQ_2_SEQ_LM",
     "question-answering": "QUESTION_ANS",
 }
 
@@ -62,7 +60,7 @@ def save_adapter(
     base, local = config.model, Path(config.model)
     record = {
         "peft_type": "LORA",
-        "task_type": _PEFT_TASK_TYPES.get(config.task.rpartition(":")[2]),
+        "task_type": _peft_task_type(bundle, config.task.rpartition(":")[2]),
         "base_model_name_or_path": str(local.resolve()) if local.is_dir() else base,
         "r": strategy.rank,
         "lora_alpha": strategy.alpha,
@@ -78,8 +76,18 @@ def save_adapter(
     model: Any = bundle.model
     if hasattr(getattr(model, "config", None), "save_pretrained"):  # it names the classes
         model.config.save_pretrained(staged)
+    if getattr(model, "generation_config", None) is not None:  # how it writes: `generate` of the base takes it
+        model.generation_config.save_pretrained(staged)
     _save_processor(bundle, staged, card, disk)
     replace_folder(staged, folder, disk)
+
+
+def _peft_task_type(bundle: Bundle, task: str) -> str | None:
+    """PEFT's name for what a model is for. A task that writes text may do so with either kind of model."""
+    model: Any = bundle.model
+    if getattr(model, "generation_config", None) is not None and not bundle.head_is_new:
+        return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    return _PEFT_TASK_TYPES.get(task)
 
 
 def load_adapter(bundle: Bundle, folder: Path, config: Lora) -> None:
