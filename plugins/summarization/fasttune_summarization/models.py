@@ -101,10 +101,11 @@ def build_writer(source: Source, options: Options, role: str, task: str, default
     template = tokenizer(text_target="", verbose=False)["input_ids"] if encodes else []
     max_source, max_target = _lengths(options, tokenizer, model)
     if encodes:
-        before, after, glue = _prefix(options, model), "", ""
+        before, after, glue = _prefix(options, model, task), "", ""
     else:
         before, after, glue = _prompt(options, role, default_prompt)
-        tokenizer.padding_side = "left"  # what `generate` wants of whoever opens the folder; encode pads nothing
+        # What `generate` wants of whoever opens the folder; encode pads nothing. Only init_kwargs are saved.
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     layout = Layout(
         before=before,
         after=after,
@@ -145,14 +146,14 @@ def search_settings(options: Options, layout: Layout) -> dict[str, Any]:
     return settings
 
 
-def _prefix(options: Options, model: Any) -> str:
+def _prefix(options: Options, model: Any, task: str) -> str:
     if options.prompt is not None:
         name = type(model).__name__
         raise ConfigError(f"options.prompt: {name} is an encoder-decoder; what it reads first is options.prefix")
     if options.prefix is not None:
         return options.prefix
     stated = getattr(model.config, "task_specific_params", None) or {}
-    return (stated.get("summarization") or {}).get("prefix") or ""
+    return (stated.get(task) or {}).get("prefix") or ""
 
 
 def _prompt(options: Options, role: str, default: str) -> tuple[str, str, str]:
