@@ -56,7 +56,7 @@ ORDER = (
 """A module imports only what stands before it. `testing` may import all of them, and none may import it."""
 
 FOR_PLUGINS = {"errors", "task", "ops", "models"}
-FOR_TESTS_OF_PLUGINS = FOR_PLUGINS | {"testing"}
+FOR_TESTS_OF_PLUGINS = FOR_PLUGINS | {"testing", ""}  # "": finetune and load
 SERIALIZERS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 LOADERS_OF_PICKLES = {("torch", "load"), ("torch", "save"), ("pd", "read_pickle"), ("pandas", "read_pickle")}
 

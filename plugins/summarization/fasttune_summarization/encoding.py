@@ -16,7 +16,6 @@ _SHOWN = 240  # characters of a source
 
 def encode_pair(source: str, target: str | None, roles: tuple[str, str], writer: Writer) -> Sample:
     """The tensors that `Rewriting.encode` describes. Raises DataError(role, why)."""
-    assert writer.layout is not None
     layout, tokenizer, model = writer.layout, writer.processor, writer.model
     config: Any = model.config
     if config.is_encoder_decoder:

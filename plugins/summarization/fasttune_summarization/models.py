@@ -72,11 +72,11 @@ class Layout:
     append_end: bool
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Writer(Bundle):
     """The host's bundle, and the layout that belongs to its model."""
 
-    layout: Layout | None = None
+    layout: Layout
 
 
 def build_writer(source: Source, options: Options, role: str, task: str, default_prompt: str) -> Writer:
@@ -93,6 +93,11 @@ def build_writer(source: Source, options: Options, role: str, task: str, default
             "to write; name an encoder-decoder or a decoder"
         )
     tokenizer = load_tokenizer(source)
+    if not encodes and not tokenizer.is_fast:
+        raise ModelError(
+            f"model {str(source)!r}: its tokenizer ({type(tokenizer).__name__}) doesn't tell where its tokens "
+            "stand in the text, which a prompt needs; use one with a tokenizer.json"
+        )
     opened = open_language_model(source, config, AutoModelForSeq2SeqLM if encodes else AutoModelForCausalLM)
     model = opened.model
     notes = [*opened.notes, *fit_language_tokenizer(source, tokenizer, model)]

@@ -6,10 +6,11 @@ Importing this module imports no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from fasttune.errors import DataError
-from fasttune.task import Bundle, Column, Loss, Meter, Metric, Sample, Source, Task
+from fasttune.task import Bundle, Column, Demo, Loss, Meter, Metric, Sample, Source, Task
 from fasttune_summarization.options import SummarizationOptions, Text2TextOptions
 
 if TYPE_CHECKING:
@@ -49,6 +50,15 @@ SUMMARY_ALIASES = (
 )
 SOURCE_ALIASES = ("input", "text", "source_text", "input_text", "src", "sentence", "question", "instruction")
 TARGET_ALIASES = ("output", "target_text", "output_text", "tgt", "label", "answer", "response", "reference")
+
+# The demo's settings, tuned on two cores.
+DEMO_TRAIN, DEMO_VALID, DEMO_SEED = 800, 120, 17
+DEMO_SETTINGS: dict[str, dict[str, Any]] = {
+    "from scratch": {"epochs": 4, "lr": 2e-3},
+    "head": {"epochs": 4, "lr": 5e-3},
+    "lora": {"epochs": 4, "lr": 5e-3},
+    "full": {"epochs": 4, "lr": 1e-3},
+}
 
 _INPUTS = ("input_ids", "attention_mask", "global_attention_mask")
 
@@ -142,14 +152,12 @@ class Rewriting(Task):
         from fasttune_summarization.encoding import IGNORED
         from fasttune_summarization.models import search_settings
 
-        layout = cast("Writer", bundle).layout
-        assert layout is not None
         mask = batch["attention_mask"]
         if not model.config.is_encoder_decoder and "labels" in batch:
             mask = mask * (batch["labels"] == IGNORED)  # the prompt alone
         more = {name: batch[name] for name in ("global_attention_mask",) if name in batch}
         tokenizer = bundle.processor
-        settings = {**search_settings(self.options, layout), **more, **encoded}
+        settings = search_settings(self.options, cast("Writer", bundle).layout) | more | encoded
         written = generate(model, tokenizer, batch["input_ids"], mask, **settings)
         return [{self._roles[1]: tokenizer.decode(ids, skip_special_tokens=True).strip()} for ids in written]
 
@@ -164,6 +172,35 @@ class Summarization(Rewriting):
     )
     name = "summarization"
     default_prompt = "{document}\n\nSummary: "
+
+    @classmethod
+    def demo(cls) -> Demo:
+        """The summary line of a docstring from its body: text of the installed packages, and a small T5 that was
+        pretrained on such text, though on none of the lines that are held out."""
+        from fasttune_summarization.demo import docstrings
+        from fasttune_summarization.rouge import rouge
+
+        train, valid = docstrings.split(DEMO_TRAIN, DEMO_VALID, DEMO_SEED)
+        lead = [rouge(docstrings.first_sentence(row["document"]), row["summary"])["rougeL"] for row in valid]
+        kinds = {"from scratch": "full", "head": "head", "lora": "lora", "full": "full"}
+        options = {"max_source_length": 160, "max_target_length": 32}
+        variants = []
+        for name, kind in kinds.items():
+            settings = {
+                "strategy": {"kind": kind},
+                "train": {"batch": 16, **DEMO_SETTINGS[name]},
+                "eval": {"batch": 60},
+                "options": options,
+            }
+            variants.append((name, {"weights": "random", **settings} if name == "from scratch" else settings))
+        return Demo(
+            title="What is the summary line of this docstring? Written from its body.",
+            model=str(Path(docstrings.__file__).parent / "model"),
+            train=[dict(row) for row in train],
+            valid=[dict(row) for row in valid],
+            variants=tuple(variants),
+            baselines={"first sentence": sum(lead) / len(lead)},
+        )
 
 
 class Text2Text(Rewriting):

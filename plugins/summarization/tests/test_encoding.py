@@ -231,6 +231,7 @@ class TestLanguages:
             decoder_ffn_dim=32,
             max_position_embeddings=64,
             init_std=0.2,
+            dropout=0.0,
         )
         hf.MBartForConditionalGeneration(config).save_pretrained(tmp_path)
         return Source(tmp_path)
@@ -243,6 +244,11 @@ class TestLanguages:
         assert words(bundle, sample.tensors["labels"]) == ["▁dog", "</s>", "de_DE"]
         labels = torch.from_numpy(sample.tensors["labels"]).unsqueeze(0)
         assert words(bundle, decoder_inputs(bundle.model, labels)[0]) == ["de_DE", "▁dog", "</s>"]
+        batch = {name: torch.from_numpy(array).unsqueeze(0) for name, array in sample.tensors.items()}
+        with torch.no_grad():
+            loss, predictions = task.score(bundle.model, batch, bundle)
+            assert float(loss.total / loss.count) == pytest.approx(float(bundle.model(**batch).loss), rel=1e-5)
+        assert predictions == task.decode(bundle.model, batch, bundle)
         german = bundle.processor.convert_tokens_to_ids("de_DE")
         assert bundle.model.generation_config.decoder_start_token_id == german
         assert "reads en_XX, writes de_DE" in bundle.notes

@@ -1,8 +1,10 @@
 """Runs from end to end: what is written opens with transformers and peft, and writes the same text."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import peft
 import pytest
@@ -81,6 +83,20 @@ def test_what_a_run_leaves_writes_the_same_with_transformers_and_peft(kind, stra
     else:
         best = auto.from_pretrained(folder / "best")
         assert written_by_transformers(best, folder / "best", rows, 7, after=after) == expected
+
+
+def test_the_readmes_code_writes_what_predict_does(run, rows, capsys):
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", readme, flags=re.S)
+    folder = run("t5", "full", train={**TRAIN, "epochs": 20, "lr": 1e-2}, options={"prefix": "summarize: "})
+    expected = fasttune.load(folder).predict(rows[:1])[0]["summary"]
+    capsys.readouterr()
+    exec(
+        compile(code, "README.md", "exec"),
+        {"folder": folder / "best", "prefix": "summarize: ", "document": rows[0]["document"]},
+    )
+    assert expected
+    assert capsys.readouterr().out == f"{expected}\n"
 
 
 def test_a_run_learns_its_rows_by_heart_and_says_so(run, rows):
