@@ -136,7 +136,8 @@ class Data(Section):
     valid: Annotated[float | str, AfterValidator(_share_or_path)] = 0.1
     """A path as for train, or the share held out of train."""
     columns: dict[str, str] = {}
-    """Column of the data by role of the task, where names differ from the roles and their aliases."""
+    """Column of the data by role of the task, where names differ from the roles and their aliases; "a.b" is the
+    field b of a column of mappings."""
     on_error: Literal["stop", "skip"] = "stop"
     """What bad rows do: stop the run before its first step, or be left out and listed in data_report.jsonl."""
     max_skip: float = Field(0.01, ge=0, le=1)
@@ -162,7 +163,7 @@ class Train(Section):
     """Peak learning rate. Default by strategy: full 5e-5, head 5e-3, lora 1e-3 for a model of hidden size 768;
     otherwise times (768 / hidden size) ** 0.775."""
     head_lr: float | None = Field(None, gt=0)
-    """Peak learning rate of the head. Default: 10 x lr for full, else lr."""
+    """Peak learning rate of the head. Default: 10 x lr for full where the head is new, else lr."""
     optimizer: Optimizer = AdamW()
     schedule: Annotated[Schedule, _kind_or("linear")] = Schedule()
     clip: float = Field(1.0, ge=0)
@@ -256,11 +257,12 @@ def resolve(config: RunConfig, *, precision: str) -> RunConfig:
     )
 
 
-def resolve_rates(config: RunConfig, width: int | None) -> RunConfig:
-    """The config with its learning rates written out. width: the model's hidden size, None if it has no one."""
+def resolve_rates(config: RunConfig, width: int | None, fresh_head: bool = True) -> RunConfig:
+    """The config with its learning rates written out. width: the model's hidden size, None if it has no one.
+    fresh_head: whether the head starts from random weights; a pretrained one learns no faster than the rest."""
     kind, train = config.strategy.kind, config.train
     lr = train.lr or float(f"{_LR_AT_768[kind] * (768 / (width or 768)) ** _LR_EXPONENT:.2g}")
-    head_lr = train.head_lr or (10 * lr if kind == "full" else lr)
+    head_lr = train.head_lr or (10 * lr if kind == "full" and fresh_head else lr)
     return config.model_copy(update={"train": train.model_copy(update={"lr": lr, "head_lr": head_lr})})
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fasttune.errors import BadRow, BadRows, DataError, nearest
-from fasttune.rows import Rows, media_kind
+from fasttune.rows import Rows, media_kind, value_of
 from fasttune.task import Bundle, Column, Sample, Task
 
 Progress = Callable[[int, int], None]  # (rows done, rows in all); may raise Stopped
@@ -50,7 +50,7 @@ def check(
     digest = hashlib.blake2b(digest_size=16)
     role = label_role(rows.columns)
     for position, raw in enumerate(rows):
-        digest.update(repr([raw.get(name) for name in rows.mapping.values()]).encode())
+        digest.update(repr([value_of(raw, name) for name in rows.mapping.values()]).encode())
         keys.append(rows.key(raw))
         labels.append(None)
         try:

@@ -23,8 +23,6 @@ _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PEFT_TASK_TYPES = {
     "text-classification": "SEQ_CLS",
     "token-classification": "TOKEN_CLS",
-    "text-generation": "CAUSAL_LM",
-    "summarization": "SEQ_2_SEQ_LM",
     "question-answering": "QUESTION_ANS",
 }
 
@@ -117,6 +115,9 @@ def load_adapter(bundle: Bundle, folder: Path, config: Lora) -> None:
 
 
 def _peft_task_type(config: RunConfig, bundle: Bundle) -> str | None:
+    """PEFT's name for what a model is for. A task that writes text may do so with either kind of model."""
+    if bundle.writes_text:
+        return "SEQ_2_SEQ_LM" if bundle.model.config.is_encoder_decoder else "CAUSAL_LM"  # type: ignore[union-attr]
     kind = _PEFT_TASK_TYPES.get(config.task.rpartition(":")[2])
     # PeftModelForQuestionAnswering (peft 0.21) keeps token_type_ids from the model, which then computes something
     # else. An adapter without a task type is opened by PeftModel, which hands everything on.

@@ -123,10 +123,18 @@ class CachedBase(nn.Module):
         return self._kind(**fields)
 
 
+def _writes_beside_what_it_reads(bundle: Bundle) -> bool:
+    """An encoder-decoder with its own head: its features are as long as the batch's longest target, whatever the
+    attention mask of its source says."""
+    config: Any = getattr(bundle.model, "config", None)
+    return not bundle.head_is_new and getattr(config, "is_encoder_decoder", False)
+
+
 def cache_features(bundle: Bundle, limit_gb: float) -> CachedBase | None:
-    """Puts a CachedBase in the place of the model's base; None if the model has no base apart from its head."""
+    """Puts a CachedBase in the place of the model's base; None if the model has no base apart from its head,
+    or one whose features have no length of their own."""
     found = base_module(bundle)
-    if found is None or limit_gb <= 0:
+    if found is None or limit_gb <= 0 or _writes_beside_what_it_reads(bundle):
         return None
     name, base = found
     cached = CachedBase(base, limit_gb * 1e9)

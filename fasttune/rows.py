@@ -32,7 +32,7 @@ def media_kind(columns: Sequence[Column]) -> Any:
 def map_columns(table: Table, columns: Sequence[Column], named: Mapping[str, str]) -> dict[str, str]:
     """The table's column for each role: the one named in data.columns, else the role's own name, else an alias.
 
-    Raises DataError with the nearest name.
+    A name with dots leads into a column of mappings: "translation.en". Raises DataError with the nearest name.
     """
     roles = [column.role for column in columns]
     for role, name in named.items():
@@ -41,7 +41,7 @@ def map_columns(table: Table, columns: Sequence[Column], named: Mapping[str, str
                 None,
                 f"data.columns: the task has no role {role!r}.{nearest(role, roles)} Roles: {', '.join(roles)}",
             )
-        if name not in table.columns:
+        if name.partition(".")[0] not in table.columns and name not in table.columns:
             raise DataError(
                 None, f"{table.name}: no column {name!r}.{nearest(name, table.columns)} {_columns_of(table)}"
             )
@@ -65,6 +65,15 @@ def map_columns(table: Table, columns: Sequence[Column], named: Mapping[str, str
                 f"Name it with data.columns.{column.role}=COLUMN",
             )
     return mapping
+
+
+def value_of(raw: Mapping[str, Any], name: str) -> Any:
+    """What a row holds under a column's name, or inside a column of mappings; None if nothing."""
+    if name in raw:
+        return raw[name]
+    outer, dot, inner = name.partition(".")
+    held = raw.get(outer) if dot else None
+    return value_of(held, inner) if isinstance(held, Mapping) else None
 
 
 def _by_role(columns: Sequence[Column], role: str) -> Column:
@@ -179,7 +188,7 @@ class Rows:
         for column in self.columns:
             if column.role not in self.mapping:
                 continue
-            value = raw.get(self.mapping[column.role])
+            value = value_of(raw, self.mapping[column.role])
             if value is None and not column.required:
                 continue
             if column.kind in _MEDIA:
@@ -206,7 +215,7 @@ class Rows:
         for column in self.columns:
             if column.supervises or column.role not in self.mapping:
                 continue
-            value = raw.get(self.mapping[column.role])
+            value = value_of(raw, self.mapping[column.role])
             if column.kind in _MEDIA:
                 value = self._bytes(column, value)
             digest.update(repr(value).encode())
@@ -253,7 +262,7 @@ def open_rows(
     dataset = table.dataset
     for column in columns:
         if column.kind in _MEDIA and column.role in mapping and isinstance(dataset, datasets.Dataset):
-            feature = dataset.features[mapping[column.role]]
+            feature = dataset.features.get(mapping[column.role])
             if isinstance(feature, (datasets.Image, datasets.Audio)):  # opened here, within limits
                 dataset = dataset.cast_column(mapping[column.role], type(feature)(decode=False))
     table = replace(table, dataset=dataset)

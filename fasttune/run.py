@@ -83,7 +83,9 @@ def finetune(
     with Signals() as signals, RunFolder(config.output).open(resume=resume) as folder:
         try:
             prepared = prepare(config, progress, signals, remote_code)
-            config = _written_out(configs.resolve_rates(config, width_of(prepared.bundle)), prepared)
+            bundle = prepared.bundle
+            config = configs.resolve_rates(config, width_of(bundle), bundle.head_is_new and not bundle.writes_text)
+            config = _written_out(config, prepared)
             for note in prepared.notes:
                 progress.note(note)
             run = _Run(config, prepared, folder, progress, signals, device, disk or Disk())
@@ -164,7 +166,7 @@ class _Run:
             packs = self.prepared.task.packs
             cached = None if packs else cache_features(self.prepared.bundle, strategy.cache_gb)
         if isinstance(strategy, Head) and cached is None:
-            why = "samples are packed" if packs else "part of the head stands inside the base"
+            why = "samples are packed" if packs else "head and base of this model can't be run apart"
             why = why if strategy.cache_gb else "strategy.cache_gb is 0"
             self.progress.note(f"features of the base are computed anew in every epoch: {why}")
         for note in self.prepared.notes[-3:]:

@@ -91,6 +91,11 @@ class Bundle:
     notes: tuple[str, ...] = ()
     head_is_new: bool = True
 
+    @property
+    def writes_text(self) -> bool:
+        """Whether the model is a language model: its head is pretrained but for the rows of new tokens."""
+        return bool(getattr(self.model, "can_generate", lambda: False)())
+
 
 @dataclass
 class Sample:

@@ -273,6 +273,11 @@ def test_learning_rates_depend_on_strategy_and_width(
     assert config.train.head_lr == pytest.approx(head_lr)
 
 
+def test_a_pretrained_head_learns_no_faster_than_the_rest() -> None:
+    config = configs.resolve_rates(build(strategy="full"), 768, fresh_head=False)
+    assert config.train.lr == config.train.head_lr == pytest.approx(5e-5)
+
+
 def test_resolve_writes_out_what_depends_on_the_strategy() -> None:
     config = configs.resolve(build(strategy="lora", model="hub/some model"), precision="bf16")
     assert config.train.precision == "bf16"

@@ -176,6 +176,22 @@ def test_class_names_of_a_saved_dataset(tmp_path: Path) -> None:
     assert [opened.read(i)["labels"] for i in (0, 1)] == [["no", "yes"], []]
 
 
+def test_a_dotted_name_leads_into_a_column_of_mappings(tmp_path: Path) -> None:
+    source, target = Column("source", "text"), Column("target", "text", target=True)
+    pairs = [{"translation": {"en": "a tree", "de": "ein Baum"}}, {"translation": {"en": "a house", "de": None}}]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    names = {"source": "translation.en", "target": "translation.de"}
+    for table in (read(str(file)), table_of(*pairs)):
+        rows = open_rows(table, (source, target), names, Limits())
+        assert rows.read(0) == {"source": "a tree", "target": "ein Baum"}
+        seen = check(rows)
+        assert [(bad.row, bad.column) for bad in seen.bad] == [(2, "translation.de")]
+        assert seen.keys[0] != seen.keys[1]
+    with pytest.raises(DataError, match=r"no column 'translations\.en'.*Did you mean 'translation'"):
+        map_columns(read(str(file)), (source,), {"source": "translations.en"})
+
+
 def test_class_numbers_outside_their_names(tmp_path: Path) -> None:
     """-1 is what hub datasets write for a test split without labels."""
     import pyarrow as pa

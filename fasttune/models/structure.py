@@ -42,8 +42,12 @@ def block_names(model: Any, base: str) -> tuple[str, ...]:
     They are the children of its outermost ModuleList with the most parameters (Sequential, if it has no
     ModuleList); of both stacks, encoder first, for an encoder and decoder.
     """
-    backbone = model.get_submodule(base)
-    lists = _outermost(backbone, base, nn.ModuleList) or _outermost(backbone, base, nn.Sequential)
+    stacks = ("encoder", "decoder")
+    two = getattr(model.config, "is_encoder_decoder", False) and base in stacks  # T5 has no module around them
+    lists: dict[str, nn.Module] = {}
+    for name in stacks if two else (base,):
+        part = model.get_submodule(name)
+        lists |= _outermost(part, name, nn.ModuleList) or _outermost(part, name, nn.Sequential)
     if not lists:
         return ()
     largest = max(lists, key=lambda name: _size(lists[name]))

@@ -7,7 +7,10 @@ import pytest
 import torch
 import transformers as hf
 
+from fasttune.adapt import adapt
+from fasttune.config import Head
 from fasttune.errors import ModelError
+from fasttune.features import cache_features
 from fasttune.models.checkpoint import load_config
 from fasttune.models.language import (
     decoder_inputs,
@@ -16,7 +19,7 @@ from fasttune.models.language import (
     projection_of,
     settle_projection,
 )
-from fasttune.task import Source
+from fasttune.task import Bundle, Source
 
 SMALL = dict(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48
@@ -164,6 +167,46 @@ def test_opening_a_folder_names_head_blocks_and_targets(tmp_path: Path) -> None:
     assert len(opened.lora_targets) == 14
     assert not opened.notes
     assert projection_of(opened.model).softcap is None
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "blocks"),
+    [
+        ("llama tied", ("model.embed_tokens",), 2),
+        ("gpt2", ("transformer.wte",), 2),
+        ("bart", ("model.shared",), 4),
+        ("t5, tied and scaled", ("shared",), 4),
+        ("phi, biased", ("lm_head",), 2),
+    ],
+)
+def test_strategy_head_trains_the_projection_tied_or_not(
+    name: str, head: tuple[str, ...], blocks: int, tmp_path: Path
+) -> None:
+    model = make(name)
+    model.save_pretrained(tmp_path)
+    source = Source(tmp_path)
+    auto = hf.AutoModelForSeq2SeqLM if model.config.is_encoder_decoder else hf.AutoModelForCausalLM
+    opened = open_language_model(source, load_config(source), auto)
+    assert opened.head == head
+    assert len(opened.blocks) == blocks, "both stacks of an encoder-decoder"
+    bundle = Bundle(opened.model, None, opened.head, opened.blocks, opened.lora_targets, head_is_new=False)
+    adapted = adapt(bundle, Head())
+    projection = opened.model.get_output_embeddings()
+    assert any(parameter is projection.weight for parameter in adapted.trained.values())
+    assert {trained.rpartition(".")[0] for trained in adapted.trained} == set(head)
+
+
+@pytest.mark.parametrize(("name", "cached"), [("llama", True), ("bart", False), ("bart, untied", False)])
+def test_features_are_kept_only_where_they_have_a_length_of_their_own(name: str, cached: bool) -> None:
+    if name == "bart, untied":
+        model = hf.BartForConditionalGeneration(
+            hf.BartConfig(**SEQ2SEQ, vocab_size=VOCABULARY, tie_word_embeddings=False)
+        )
+    else:
+        model = make(name)
+    head = ("model.shared",) if name == "bart" else ("lm_head",)
+    bundle = Bundle(model, None, head, (), (), head_is_new=False)
+    assert (cache_features(bundle, 1.0) is not None) == cached
 
 
 def test_a_checkpoint_without_its_output_projection_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Summarization and other text-to-text tasks for fasttune."""

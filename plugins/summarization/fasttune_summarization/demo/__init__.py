@@ -1,0 +1,1 @@
+"""The demo's model, and the docstrings that it learns from."""
