@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -16,7 +17,7 @@ from transformers import (
 
 from fasttune.errors import ConfigError, ModelError, nearest
 from fasttune.models.checkpoint import load_config, require_family
-from fasttune.models.language import open_language_model
+from fasttune.models.language import decoder_inputs, open_language_model
 from fasttune.models.tokenizer import fit_language_tokenizer, load_tokenizer, positions
 from fasttune.task import Bundle, Source
 from fasttune_summarization.options import Options
@@ -123,6 +124,8 @@ def build_writer(source: Source, options: Options, role: str, task: str, default
         append_end=not set(template) & set(ends),
     )
     _check_room(layout)
+    if encodes:
+        notes += _settle_start(model, tokenizer, [*template, *[layout.end] * layout.append_end])
     notes += _settle_generation(options, layout, ends, template, model)
     notes.append(_describe(layout, encodes))
     padding = {"input_ids": tokenizer.pad_token_id, "labels": -100}
@@ -169,7 +172,7 @@ def _prompt(options: Options, role: str, default: str) -> tuple[str, str, str]:
 
 
 def _settle_languages(options: Options, tokenizer: Any, model: Any) -> list[str]:
-    """Tells the tokenizer its languages, and the model which one it begins with."""
+    """Tells the tokenizer its languages, and the model which one its texts begin with."""
     codes = getattr(tokenizer, "lang_code_to_id", None) or getattr(tokenizer, "fairseq_language_codes", None)
     if not hasattr(tokenizer, "src_lang") or not hasattr(tokenizer, "tgt_lang"):
         for name in ("src_lang", "tgt_lang"):
@@ -188,10 +191,8 @@ def _settle_languages(options: Options, tokenizer: Any, model: Any) -> list[str]
     tokenizer.src_lang, tokenizer.tgt_lang = source, target
     written = tokenizer(text_target="", verbose=False)["input_ids"]
     mark = next(token for token in written if token not in (tokenizer.eos_token_id, tokenizer.bos_token_id))
-    if written[0] == mark:  # mBART-50, M2M100, NLLB: the text begins with it
+    if written[0] == mark:  # mBART-50, M2M100, NLLB: the text begins with it; mBART's decoder starts with it
         model.generation_config.forced_bos_token_id = mark
-    else:  # mBART: it stands behind the text, and is moved before it
-        model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = mark
     return [f"reads {source}, writes {target}"]
 
 
@@ -271,9 +272,6 @@ def _settle_generation(
     if kept.get("forced_eos_token_id") not in ends:
         kept.pop("forced_eos_token_id", None)
     notes = []
-    if model.config.is_encoder_decoder and (start := _start(model)) is not None:
-        kept["decoder_start_token_id"] = model.config.decoder_start_token_id = start
-        notes.append(f"the model's configuration names no decoder_start_token_id: it starts with token {start}")
     settings = search_settings(options, layout)
     wanted = {"num_beams": settings.pop("beams"), "do_sample": False, **settings}
     if not wanted["no_repeat_ngram_size"]:
@@ -290,16 +288,25 @@ def _settle_generation(
     return notes
 
 
-def _start(model: Any) -> int | None:
-    """What the decoder starts with, if the model doesn't say: T5's kin start with padding, others with their first
-    token of a text."""
-    config = model.config
-    for stated in (config, model.generation_config):
-        if getattr(stated, "decoder_start_token_id", None) is not None:
-            config.decoder_start_token_id = stated.decoder_start_token_id
-            return None
-    first = getattr(config, "bos_token_id", None)
-    return config.pad_token_id if first is None or hasattr(config, "relative_attention_num_buckets") else first
+def _settle_start(model: Any, tokenizer: Any, example: list[int]) -> list[str]:
+    """Lets generation start with what the decoder reads first in training, whatever decides on that. example: the
+    tokens of a target.
+
+    Where the model doesn't say, T5's kin start with padding, others with the first token of a text.
+    """
+    config, own = model.config, model.generation_config
+    notes = []
+    if getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = own.decoder_start_token_id
+    if config.decoder_start_token_id is None:
+        first = getattr(config, "bos_token_id", None)
+        relative = hasattr(config, "relative_attention_num_buckets")
+        config.decoder_start_token_id = config.pad_token_id if first is None or relative else first
+    start = int(decoder_inputs(model, torch.tensor([example]))[0, 0])
+    if own.decoder_start_token_id != start:
+        notes.append(f"the decoder starts with {tokenizer.convert_ids_to_tokens(start)!r}")
+    config.decoder_start_token_id = own.decoder_start_token_id = start
+    return notes
 
 
 def _describe(layout: Layout, encodes: bool) -> str:

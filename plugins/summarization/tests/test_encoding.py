@@ -216,9 +216,13 @@ class TestLanguages:
 
     @pytest.fixture
     def mbart(self, tmp_path):
+        return self.folder(tmp_path, hf.MBartTokenizer)
+
+    @staticmethod
+    def folder(tmp_path, kind):
         vocabulary = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
         vocabulary += [(f"▁{word}", -float(i)) for i, word in enumerate(DOCUMENT.split())] + [("▁", -20.0)]
-        tokenizer = hf.MBartTokenizer(vocab=vocabulary)
+        tokenizer = kind(vocab=vocabulary)
         tokenizer.save_pretrained(tmp_path)
         config = hf.MBartConfig(
             vocab_size=len(tokenizer),
@@ -252,6 +256,17 @@ class TestLanguages:
         german = bundle.processor.convert_tokens_to_ids("de_DE")
         assert bundle.model.generation_config.decoder_start_token_id == german
         assert "reads en_XX, writes de_DE" in bundle.notes
+
+    def test_where_the_code_begins_a_text_generation_is_made_to_begin_with_it(self, tmp_path):
+        """mBART-50, as M2M100 and NLLB: the decoder starts with </s>, and writes the code first."""
+        task = Text2Text(Text2Text.Options(src_lang="en_XX", tgt_lang="de_DE", max_new_tokens=4))
+        bundle = task.build(self.folder(tmp_path, hf.MBart50Tokenizer), [])
+        sample = task.encode({"source": "the fox", "target": "dog"}, bundle, True)
+        assert words(bundle, sample.tensors["input_ids"]) == ["en_XX", "▁the", "▁fox", "</s>"]
+        assert words(bundle, sample.tensors["labels"]) == ["de_DE", "▁dog", "</s>"]
+        written = bundle.model.generate(input_ids=torch.from_numpy(sample.tensors["input_ids"]).unsqueeze(0))
+        assert words(bundle, written[0][:2]) == ["</s>", "de_DE"]
+        assert "the decoder starts with '</s>'" in bundle.notes
 
     def test_an_unknown_language_gets_the_nearest(self, mbart):
         with pytest.raises(ConfigError, match=r"options\.tgt_lang: 'de' is no language .*It knows ar_AR"):

@@ -3,9 +3,9 @@
 Reads docstrings (nothing is imported or downloaded), trains a tokenizer, then a small T5, and writes a
 transformers model folder. Steps alternate between two objectives:
 
-    spans      15 % of the tokens of a window, in runs of three on average, become sentinels, and are written
+    spans      15 of the 64 tokens of a window, in runs of three, become sentinels, and are written
                (T5, https://arxiv.org/abs/1910.10683)
-    sentences  one sentence of a docstring, drawn at random, becomes a sentinel, and is written
+    sentences  one sentence of a docstring, every second time the first, becomes a sentinel, and is written
                (PEGASUS, https://arxiv.org/abs/1912.08777)
 
 No docstring whose first paragraph is on the demo's valid side is read.
@@ -37,9 +37,9 @@ from fasttune_summarization.demo.docstrings import docstrings, files, is_held_ou
 SENTINELS = [f"<extra_id_{i}>" for i in range(16)]
 SPECIAL = ["<pad>", "</s>", "<unk>", *SENTINELS]
 PAD, END, UNK, FIRST = range(4)
-WINDOW = 96  # tokens of a source
-TARGET = 32  # tokens of a sentence and its end
-SPANS, SPAN = 5, 3  # 15 of 96 tokens
+WINDOW = 64  # tokens of a source
+TARGET = 24  # tokens of a sentence and its end
+SPANS, SPAN = 5, 3  # 15 of 64 tokens
 SENTENCE = re.compile(r"(?<=[.!?])\s+|\n\s*\n")
 EVERY = 100  # one docstring in so many tells how well the model does
 
@@ -66,8 +66,8 @@ reachable, and knows little beyond that domain.
 - Data: {docstrings:,} docstrings of the standard library and {packages} installed packages ({characters:,}
   characters, {tokens:,} tokens, exact repeats dropped), without those whose first paragraph is on the demo's valid
   side ({held_out:,} of them). Text and vocabulary change with the installed versions. Nothing was downloaded.
-- Objectives, in turns: sentinels for 15% of the tokens of a window (T5), and for one whole sentence of a
-  docstring, drawn at random (PEGASUS); the prefix `<extra_id_0> ` asks a fine-tuned model for the
+- Objectives, in turns: sentinels for 15 of the 64 tokens of a window (T5), and for one whole sentence
+  of a docstring, every second time its first (PEGASUS); the prefix `<extra_id_0> ` asks a fine-tuned model for the
   sentence before a text.
 - Training: {steps:,} steps of {batch} windows, {seen:,} tokens of source in {minutes} minutes on {threads} CPU
   thread(s), bfloat16 with float32 master weights, AdamW, peak learning rate {lr}.
@@ -87,7 +87,7 @@ class Settings:
     inner: int = 512
     layers: int = 2
     heads: int = 6
-    batch: int = 48
+    batch: int = 32
     lr: float = 2e-3
     warmup: int = 200
     decay: float = 0.3  # share of the steps over which the rate falls to 0
@@ -191,7 +191,8 @@ def sentences(
         rows = []
         while len(rows) < settings.batch:
             document = chance.choice(rich)
-            place = chance.choice([i for i, s in enumerate(document) if 4 <= len(s) < TARGET])
+            places = [i for i, s in enumerate(document) if 4 <= len(s) < TARGET]
+            place = chance.choice([places[0], chance.choice(places)])
             before = [token for sentence in document[:place] for token in sentence]
             after = [token for sentence in document[place + 1 :] for token in sentence]
             room = WINDOW - 2
