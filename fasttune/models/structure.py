@@ -43,7 +43,8 @@ def block_names(model: Any, base: str) -> tuple[str, ...]:
     ModuleList); of both stacks, encoder first, for an encoder and decoder.
     """
     stacks = ("encoder", "decoder")
-    two = getattr(model.config, "is_encoder_decoder", False) and base in stacks  # T5 has no module around them
+    # T5 has no module around them; Whisper's classifier has an encoder alone.
+    two = base in stacks and all(isinstance(getattr(model, name, None), nn.Module) for name in stacks)
     lists: dict[str, nn.Module] = {}
     for name in stacks if two else (base,):
         part = model.get_submodule(name)
