@@ -83,9 +83,9 @@ def _products(
 def choose(model: Any, wanted: str, dtype: torch.dtype, device: torch.device) -> str:
     """Sets the model's attention implementation and says which, and why.
 
-    wanted: "auto", or a name that transformers knows. auto is ours on CPU in bf16, and in fp32 if the model has
-    dropout in its attention, where the model's own plain attention is the textbook one. Without compiled kernels
-    it is eager in bf16. Otherwise it is what transformers chose.
+    wanted: "auto", or a name that transformers knows. auto is ours on CPU in bf16 and fp32, where the
+    model's own plain attention is the textbook one. Without compiled kernels it is eager in bf16. Otherwise it is
+    what transformers chose.
     """
     config = getattr(model, "config", None)
     current = getattr(config, "_attn_implementation", None)
@@ -95,7 +95,7 @@ def choose(model: Any, wanted: str, dtype: torch.dtype, device: torch.device) ->
         model.set_attn_implementation(wanted)
         return f"{wanted} (asked for)"
     bf16 = dtype == torch.bfloat16
-    if device.type != "cpu" or not (bf16 or (dtype == torch.float32 and _has_dropout(model))):
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float32):
         return f"{current} (transformers' choice)"
     if getattr(config, "output_attentions", False):
         return f"{current} (the model's config asks for the attention weights)"
@@ -108,9 +108,7 @@ def choose(model: Any, wanted: str, dtype: torch.dtype, device: torch.device) ->
         for module in model.modules():
             if hasattr(module, "set_attn_implementation"):
                 module.register_forward_pre_hook(_refuse_weights, with_kwargs=True)
-        return (
-            f"{NAME} (its own kernel, the fastest on CPU in {'bf16' if bf16 else 'fp32 with attention dropout'})"
-        )
+        return f"{NAME} (its own kernel, the fastest on CPU in {'bf16' if bf16 else 'fp32'})"
     if bf16:
         model.set_attn_implementation("eager")
         return f"eager (plain products, the fastest on CPU in bf16 without our kernel: {kernels.why})"
@@ -132,17 +130,6 @@ def _register() -> None:
 
     AttentionInterface.register(NAME, plain_attention)
     AttentionMaskInterface.register(NAME, eager_mask)
-
-
-def _has_dropout(model: nn.Module) -> bool:
-    """Whether attention drops weights, as the configs of the model and its parts have it: attn_pdrop,
-    attention_dropout and the like."""
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    return any(
-        isinstance(value, float) and value > 0 and "att" in name and "drop" in name
-        for config in configs.values()
-        for name, value in vars(config).items()
-    )
 
 
 def _is_textbook(model: nn.Module) -> bool:

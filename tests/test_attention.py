@@ -250,13 +250,9 @@ def test_masks_of_another_type_and_of_more_keys_than_there_are(dtype):
     [
         (BF16, 0.0, "cpu", "fasttune (its own kernel, the fastest on CPU in bf16)"),
         (BF16, 0.1, "cpu", "fasttune (its own kernel, the fastest on CPU in bf16)"),
-        (
-            torch.float32,
-            0.1,
-            "cpu",
-            "fasttune (its own kernel, the fastest on CPU in fp32 with attention dropout)",
-        ),
-        (torch.float32, 0.0, "cpu", "sdpa (transformers' choice)"),
+        (torch.float32, 0.1, "cpu", "fasttune (its own kernel, the fastest on CPU in fp32)"),
+        (torch.float32, 0.0, "cpu", "fasttune (its own kernel, the fastest on CPU in fp32)"),
+        (torch.float64, 0.0, "cpu", "sdpa (transformers' choice)"),
         (BF16, 0.1, "cuda", "sdpa (transformers' choice)"),
     ],
 )
@@ -327,7 +323,7 @@ def test_without_kernels_the_choice_is_another():
     eager = "eager (plain products, the fastest on CPU in bf16 without our kernel: FASTTUNE_REFERENCE is set)"
     assert run.stdout.splitlines() == [
         eager,
-        "sdpa (transformers' choice)",
+        "sdpa (transformers' choice; not ours: FASTTUNE_REFERENCE is set)",
         eager,
         "sdpa (transformers' choice; not ours: FASTTUNE_REFERENCE is set)",
     ]

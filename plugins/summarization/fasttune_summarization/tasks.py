@@ -174,12 +174,16 @@ class Summarization(Rewriting):
     default_prompt = "{document}\n\nSummary: "
 
     @classmethod
-    def demo(cls) -> Demo:
+    def demo(cls) -> Demo | None:
         """The summary line of a docstring from its body: text of the installed packages, and a small T5 that was
-        pretrained on such text, though on none of the lines that are held out."""
+        pretrained on such text, though on none of the lines that are held out. None until
+        tools/pretrain_seq2seq.py has made that model."""
         from fasttune_summarization.demo import docstrings
         from fasttune_summarization.rouge import rouge
 
+        model = Path(docstrings.__file__).parent / "model"
+        if not model.is_dir():
+            return None
         train, valid = docstrings.split(DEMO_TRAIN, DEMO_VALID, DEMO_SEED)
         lead = [rouge(docstrings.first_sentence(row["document"]), row["summary"])["rougeL"] for row in valid]
         kinds = {"from scratch": "full", "head": "head", "lora": "lora", "full": "full"}
@@ -195,7 +199,7 @@ class Summarization(Rewriting):
             variants.append((name, {"weights": "random", **settings} if name == "from scratch" else settings))
         return Demo(
             title="What is the summary line of this docstring? Written from its body.",
-            model=str(Path(docstrings.__file__).parent / "model"),
+            model=str(model),
             train=[dict(row) for row in train],
             valid=[dict(row) for row in valid],
             variants=tuple(variants),
