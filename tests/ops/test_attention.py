@@ -29,8 +29,8 @@ SIZES = [
     (1, 1, 1, 15, 31, 15),
     (1, 2, 1, 16, 32, 16),
     (2, 2, 2, 33, 49, 33),
-    (1, 1, 1, 50, 4000, 16),
-    (1, 1, 1, 33, 60000, 8),
+    pytest.param((1, 1, 1, 50, 4000, 16), marks=needs_kernel),  # the reference knows no blocks
+    pytest.param((1, 1, 1, 33, 60000, 8), marks=needs_kernel),
 ]
 # Relative to the truth, in norm: about a tenth of what one rounding to the dtype costs.
 EPSILON = {torch.float64: 1e-14, torch.float32: 1e-7, torch.bfloat16: 1e-3}
