@@ -41,7 +41,7 @@ from fasttune.readers import MixedRows, Table
 from fasttune.rows import Rows, open_rows
 from fasttune.task import Bundle, Sample, Source, Task, primary_metric
 
-__all__ = ["Full", "Head", "Lora", "TaskConformance"]
+__all__ = ["Full", "Head", "Lora", "TaskConformance", "collate"]
 
 _SEED = 7
 _RELATIVE = 2e-4  # of the largest value: fp32 sums over another padding are taken in another order

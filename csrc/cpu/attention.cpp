@@ -19,8 +19,7 @@
 
 #ifdef FASTTUNE_VECTORS
 
-#if defined(__x86_64__)
-#define FASTTUNE_X86 1
+#ifdef FASTTUNE_X86
 // Multiplies and adds are fused here, unlike elsewhere (setup.py): exp is half of what the rows
 // cost, and a fifth of the whole is won. Clang has no such attribute, and goes without.
 #ifdef __clang__
@@ -28,8 +27,8 @@
 #else
 #define FASTTUNE_FUSED optimize("fp-contract=fast"),
 #endif
-#define FASTTUNE_AVX2 __attribute__((FASTTUNE_FUSED target("avx2,fma")))
-#define FASTTUNE_AVX512 \
+#define FASTTUNE_FUSED_AVX2 __attribute__((FASTTUNE_FUSED target("avx2,fma")))
+#define FASTTUNE_FUSED_AVX512 \
   __attribute__((FASTTUNE_FUSED target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 #endif
 
@@ -308,8 +307,8 @@ using BackwardUnits = void (*)(int64_t, int64_t, const AttentionCall&, const at:
   }
 FASTTUNE_UNITS(UnitsDefault, , 4);
 #ifdef FASTTUNE_X86
-FASTTUNE_UNITS(UnitsAvx2, FASTTUNE_AVX2, 8);
-FASTTUNE_UNITS(UnitsAvx512, FASTTUNE_AVX512, 16);
+FASTTUNE_UNITS(UnitsAvx2, FASTTUNE_FUSED_AVX2, 8);
+FASTTUNE_UNITS(UnitsAvx512, FASTTUNE_FUSED_AVX512, 16);
 #endif
 #undef FASTTUNE_UNITS
 

@@ -19,12 +19,6 @@
 #include "../softmax.h"
 #include "kernels.h"
 
-#if defined(__x86_64__)
-#define FASTTUNE_X86 1
-#define FASTTUNE_AVX2 __attribute__((target("avx2,fma")))
-#define FASTTUNE_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
-#endif
-
 namespace fasttune::cpu {
 namespace {
 

@@ -163,7 +163,7 @@ struct Worker {
   void widen(const T* m, int64_t m_stride, const T* bias, const Part<T>& out) {
     small_product<T>(padded_rows(), out.columns, padded, left, padded, m, m_stride, wide.data(),
                      out.columns, false);
-    run<false>(AddRow<T>{{wide.data(), out.columns, rows, out.columns}, bias, out});
+    run<false>(Convert<float, T>{{wide.data(), out.columns, rows, out.columns}, 1.0f, out, bias});
   }
 
   // out += factor mask o (low m). For one strip of out; m: packed, [padded rank, all columns]

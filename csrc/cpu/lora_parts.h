@@ -11,12 +11,6 @@
 
 #ifdef FASTTUNE_VECTORS
 
-#if defined(__x86_64__)
-#define FASTTUNE_X86 1
-#define FASTTUNE_AVX2 __attribute__((target("avx2,fma")))
-#define FASTTUNE_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
-#endif
-
 namespace fasttune::cpu {
 namespace {
 
@@ -184,38 +178,13 @@ struct Add {
   }
 };
 
-// out = x + row, with one rounding; row: [columns] or null.
-template <typename T>
-struct AddRow {
-  Part<const float> x;
-  const T* added;
-  Part<T> out;
-
-  template <int kWidth, bool kMasked>
-  FASTTUNE_INLINE void run() const {
-    using V = Vector<kWidth>;
-    for (int64_t i = 0; i < out.rows; ++i) {
-      const float* from = x.row(i);
-      T* to = out.row(i);
-      int64_t j = 0;
-      for (; j + kWidth <= out.columns; j += kWidth) {
-        const auto v = V::load(from + j);
-        V::store(to + j, added == nullptr ? v : v + V::load(added + j));
-      }
-      for (; j < out.columns; ++j) {
-        const float v = added == nullptr ? 0.0f : static_cast<float>(added[j]);
-        to[j] = static_cast<T>(from[j] + v);
-      }
-    }
-  }
-};
-
-// out = x factor, with one rounding. S, T: float or BFloat16.
+// out = x factor + row, with one rounding. S, T: float or BFloat16. added: [columns], or null.
 template <typename S, typename T>
 struct Convert {
   Part<const S> x;
   float factor;
   Part<T> out;
+  const T* added = nullptr;
 
   template <int kWidth, bool kMasked>
   FASTTUNE_INLINE void run() const {
@@ -224,8 +193,14 @@ struct Convert {
       const S* from = x.row(i);
       T* to = out.row(i);
       int64_t j = 0;
-      for (; j + kWidth <= out.columns; j += kWidth) V::store(to + j, V::load(from + j) * factor);
-      for (; j < out.columns; ++j) to[j] = static_cast<T>(static_cast<float>(from[j]) * factor);
+      for (; j + kWidth <= out.columns; j += kWidth) {
+        const auto v = V::load(from + j) * factor;
+        V::store(to + j, added == nullptr ? v : v + V::load(added + j));
+      }
+      for (; j < out.columns; ++j) {
+        const float v = static_cast<float>(from[j]) * factor;
+        to[j] = static_cast<T>(added == nullptr ? v : v + static_cast<float>(added[j]));
+      }
     }
   }
 };

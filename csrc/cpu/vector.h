@@ -20,6 +20,12 @@
 #define FASTTUNE_INLINE inline __attribute__((always_inline))
 #define FASTTUNE_LAMBDA __attribute__((always_inline))
 
+#if defined(__x86_64__)
+#define FASTTUNE_X86 1
+#define FASTTUNE_AVX2 __attribute__((target("avx2,fma")))
+#define FASTTUNE_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#endif
+
 namespace fasttune::cpu {
 
 constexpr int64_t kGroup = 16;  // floats: what sums keep apart on every machine

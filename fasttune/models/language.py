@@ -94,7 +94,7 @@ def projection_of(model: Any) -> Projection:
     text = model.config.get_text_config(decoder=True)
     bias = getattr(module, "bias", None)
     buffer = getattr(model, "final_logits_bias", None)
-    if isinstance(buffer, Tensor) and bool(buffer.any()):
+    if isinstance(buffer, Tensor):  # mostly zeros, but to see that the host would wait for the device in each step
         bias = buffer.flatten().to(module.weight.dtype) + (0 if bias is None else bias)
     scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
     return Projection(module.weight, bias, scale, getattr(text, "final_logit_softcapping", None))

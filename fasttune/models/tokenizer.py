@@ -79,20 +79,26 @@ def fit_padding(source: Source, tokenizer: Any, model: Any, decoder: bool) -> No
             )
         tokenizer.pad_token = tokenizer.eos_token
     for part in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-        # Where it is no decoder, the configuration's own id stays: RoBERTa counts its positions from it.
+        # Where no decoder classifies by it, the configuration's id stays: RoBERTa counts its positions from it.
         if getattr(part, "pad_token_id", None) is None or decoder:
             part.pad_token_id = tokenizer.pad_token_id
 
 
-def check_ids(ids: np.ndarray, tokenizer: Any, model: Any, column: str) -> None:
-    """Raises DataError(column, why) if a token is not in the model's vocabulary. ids: int64 [tokens >= 1]."""
-    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
-    if vocabulary is not None and ids.max() >= vocabulary:
+def check_ids(ids: np.ndarray | Sequence[int], tokenizer: Any, vocabulary: int | None, column: str | None) -> None:
+    """Raises DataError(column, why) if a token is not in the model's vocabulary. ids: whole numbers [tokens].
+    vocabulary: how many tokens the model has, `stated_vocabulary` or the rows of its embeddings; None: unknown."""
+    largest = int(max(ids, default=-1))
+    if vocabulary is not None and largest >= vocabulary:
         raise DataError(
             column,
-            f"token {tokenizer.convert_ids_to_tokens(int(ids.max()))!r} has id {ids.max()}, but the model's "
-            f"vocabulary ends at {vocabulary - 1}: tokenizer and model don't belong together",
+            f"token {tokenizer.convert_ids_to_tokens(largest)!r} has id {largest}, but the model's vocabulary "
+            f"ends at {vocabulary - 1}: tokenizer and model don't belong together",
         )
+
+
+def stated_vocabulary(model: Any) -> int | None:
+    """How many tokens the model's configuration says it has."""
+    return getattr(model.config.get_text_config(), "vocab_size", None)
 
 
 def fit_language_tokenizer(source: Source, tokenizer: Any, model: Any) -> list[str]:
@@ -102,20 +108,11 @@ def fit_language_tokenizer(source: Source, tokenizer: Any, model: Any) -> list[s
     Without a padding token the end-of-text token pads. That teaches nothing, as long as labels are masked by
     position and never by token id. Raises ModelError if there is neither.
     """
-    notes = []
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token is None:
-            raise ModelError(
-                f"model {str(source)!r}: its tokenizer has neither a padding nor an end-of-text token; add one to "
-                "its tokenizer_config.json"
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-        notes.append(f"no padding token: {tokenizer.eos_token!r} pads, where nothing is supervised")
-    for part in {
-        id(c): c for c in (model.config, model.config.get_text_config(), model.generation_config)
-    }.values():
-        if part is not None and getattr(part, "pad_token_id", None) is None:
-            part.pad_token_id = tokenizer.pad_token_id
+    has_padding = tokenizer.pad_token_id is not None
+    fit_padding(source, tokenizer, model, decoder=False)
+    generation = model.generation_config
+    if generation is not None and generation.pad_token_id is None:
+        generation.pad_token_id = tokenizer.pad_token_id
     limit = positions(model)
     if limit is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
@@ -126,7 +123,9 @@ def fit_language_tokenizer(source: Source, tokenizer: Any, model: Any) -> list[s
             f"model {str(source)!r}: its tokenizer has {len(tokenizer)} tokens, but its vocabulary ends at "
             f"{rows - 1}: tokenizer and model don't belong together"
         )
-    return notes
+    if has_padding:
+        return []
+    return [f"no padding token: {tokenizer.eos_token!r} pads, where nothing is supervised"]
 
 
 def add_tokens(tokenizer: Any, model: Any, tokens: Sequence[str]) -> tuple[str, ...]:

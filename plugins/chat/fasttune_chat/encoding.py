@@ -10,6 +10,7 @@ import numpy as np
 
 from fasttune.errors import DataError
 from fasttune.models.language import IGNORED
+from fasttune.models.tokenizer import check_ids
 from fasttune.task import Sample
 from fasttune_chat.build import Built
 from fasttune_chat.messages import layout_of, read_messages, read_pair, read_tools
@@ -121,13 +122,7 @@ class Encoder:
 
     def _checked(self, found: list[int]) -> np.ndarray:
         ids = np.asarray(found, dtype=np.int64)
-        if ids.size and ids.max() >= self.vocabulary:
-            token = self.tokenizer.convert_ids_to_tokens(int(ids.max()))
-            raise DataError(
-                None,
-                f"token {token!r} has id {ids.max()}, but the model's vocabulary ends at {self.vocabulary - 1}: "
-                "tokenizer and model don't belong together",
-            )
+        check_ids(ids, self.tokenizer, self.vocabulary, None)
         return ids
 
 

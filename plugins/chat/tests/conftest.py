@@ -1,14 +1,15 @@
-"""Tiny decoders with random weights, their tokenizers, and the host's collation in a few lines."""
+"""Tiny decoders with random weights, and their tokenizers."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import numpy as np
 import pytest
 import torch
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from fasttune.testing import collate
 
 TEXTS = (
     "Which day comes after Monday?",
@@ -89,19 +90,6 @@ def make_model(folder, kind="llama", **tokenizer):
     return str(folder)
 
 
-def stack(samples, padding):
-    """A batch as the host makes it: padded to the longest in every dimension."""
-    batch = {}
-    for name in samples[0].tensors:
-        arrays = [sample.tensors[name] for sample in samples]
-        shape = np.max([array.shape for array in arrays], axis=0).astype(int) if arrays[0].ndim else ()
-        whole = np.full((len(arrays), *shape), padding.get(name, 0), dtype=arrays[0].dtype)
-        for i, array in enumerate(arrays):
-            whole[(i, *map(slice, array.shape))] = array
-        batch[name] = torch.from_numpy(whole)
-    return batch
-
-
 @pytest.fixture(name="make_tokenizer")
 def make_tokenizer_fixture():
     return make_tokenizer
@@ -112,6 +100,6 @@ def make_model_fixture():
     return make_model
 
 
-@pytest.fixture
-def collate():
-    return stack
+@pytest.fixture(name="collate")
+def collate_fixture():
+    return collate

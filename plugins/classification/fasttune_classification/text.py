@@ -110,7 +110,7 @@ class TextClassification(Classifier):
         """
         import numpy as np
 
-        from fasttune.models.tokenizer import check_ids
+        from fasttune.models.tokenizer import check_ids, stated_vocabulary
 
         tokenizer = bundle.processor
         texts = [row["text"]] if row.get("text_pair") is None else [row["text"], row["text_pair"]]
@@ -122,7 +122,7 @@ class TextClassification(Classifier):
         ids = tensors["input_ids"]
         if not ids.size:
             raise DataError("text", f"the tokenizer makes no token of {row['text'][:40]!r}")
-        check_ids(ids, tokenizer, bundle.model, "text")
+        check_ids(ids, tokenizer, stated_vocabulary(bundle.model), "text")
         return Sample(tensors | self.target(row, bundle), cost=ids.size, truncated=whole - ids.size)
 
     @classmethod

@@ -1,14 +1,15 @@
-"""Tiny checkpoints with random weights, and the host's collation in a few lines."""
+"""Tiny checkpoints with random weights."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+
+from fasttune.testing import collate
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[EOS]"]
 WORDS = [*SPECIAL, "red", "green", "blue", "one", "two", "three", "four", "five", "six", "seven", "eight"]
@@ -43,19 +44,6 @@ def make_tokenizer(folder, pad=True, special=True, **settings):
     PreTrainedTokenizerFast(tokenizer_object=core, **names, **settings).save_pretrained(folder)
 
 
-def stack(samples, padding):
-    """A batch as the host makes it: padded to the longest in every dimension."""
-    batch = {}
-    for name in samples[0].tensors:
-        arrays = [sample.tensors[name] for sample in samples]
-        shape = np.max([array.shape for array in arrays], axis=0).astype(int) if arrays[0].ndim else ()
-        whole = np.full((len(arrays), *shape), padding.get(name, 0), dtype=arrays[0].dtype)
-        for i, array in enumerate(arrays):
-            whole[(i, *map(slice, array.shape))] = array
-        batch[name] = torch.from_numpy(whole)
-    return batch
-
-
 @pytest.fixture(name="make_tokenizer")
 def make_tokenizer_fixture():
     return make_tokenizer
@@ -66,9 +54,9 @@ def sentences():
     return SENTENCES
 
 
-@pytest.fixture
-def collate():
-    return stack
+@pytest.fixture(name="collate")
+def collate_fixture():
+    return collate
 
 
 @pytest.fixture

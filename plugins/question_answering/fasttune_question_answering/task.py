@@ -72,15 +72,16 @@ class QuestionAnswering(Task):
         """
         import numpy as np
 
-        from fasttune.models.tokenizer import check_ids
+        from fasttune.models.tokenizer import check_ids, stated_vocabulary
         from fasttune_question_answering.windows import Cutter
 
         answers = gold(row) if "answers" in row else None
         cutter = Cutter(bundle.processor, self.options.doc_stride, self.options.max_question_length)
+        vocabulary = stated_vocabulary(bundle.model)
         try:
             windows, cut = cutter.windows(row["question"], row["context"])
             for window in windows:
-                check_ids(window.tensors["input_ids"], bundle.processor, bundle.model, "context")
+                check_ids(window.tensors["input_ids"], bundle.processor, vocabulary, "context")
         except DataError as error:
             raise DataError(error.column, error.why + named(row)) from None
         places = [window.place(answers[0] if answers else None) for window in windows]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fasttune.errors import DataError
+from fasttune.models.tokenizer import check_ids, stated_vocabulary
 from fasttune.task import Sample
 from fasttune_summarization.models import Layout, Writer
 
@@ -24,12 +25,13 @@ def encode_pair(source: str, target: str | None, roles: tuple[str, str], writer:
         ids, cut = _prompted(tokenizer, source, layout, roles[0])
     if len(ids) <= layout.fixed and not tokenizer(source, add_special_tokens=False, verbose=False)["input_ids"]:
         raise DataError(roles[0], f"the tokenizer makes no token of {source[:40]!r}")
-    _check_ids(ids, writer, roles[0])
+    vocabulary = _vocabulary(model)
+    check_ids(ids, tokenizer, vocabulary, roles[0])
     truncated = {roles[0]: cut}
     labels: list[int] = []
     if target is not None:
         labels, truncated[roles[1]] = _target(tokenizer, target, layout, config.is_encoder_decoder, roles[1])
-        _check_ids(labels, writer, roles[1])
+        check_ids(labels, tokenizer, vocabulary, roles[1])
     cost = len(ids) + len(labels)
     if not config.is_encoder_decoder and target is not None:
         ids, labels = ids + labels, [IGNORED] * len(ids) + labels
@@ -102,17 +104,10 @@ def _going_on(tokenizer: Any, before: str, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _check_ids(ids: list[int], writer: Writer, role: str) -> None:
-    model: Any = writer.model
+def _vocabulary(model: Any) -> int:
+    """Tokens that the model both has rows for and says it has."""
     rows = model.get_input_embeddings().weight.shape[0]
-    vocabulary = min(getattr(model.config.get_text_config(), "vocab_size", None) or rows, rows)
-    if ids and max(ids) >= vocabulary:
-        token = writer.processor.convert_ids_to_tokens(max(ids))
-        raise DataError(
-            role,
-            f"token {token!r} has id {max(ids)}, but the model's vocabulary ends at {vocabulary - 1}: tokenizer "
-            "and model don't belong together",
-        )
+    return min(stated_vocabulary(model) or rows, rows)
 
 
 def show_pair(sample: Sample, writer: Writer) -> str:

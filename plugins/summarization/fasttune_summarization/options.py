@@ -58,46 +58,39 @@ NoRepeat = Annotated[
 ]
 
 
-class SummarizationOptions(BaseModel):
-    """Settings of summarization."""
+class _RewritingOptions(BaseModel):
+    """What both tasks have."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_source_length: SourceLength = None
     max_target_length: TargetLength = None
     prefix: Prefix = None
+    prompt: str | None = None
+    src_lang: Language = None
+    tgt_lang: Language = None
+    max_new_tokens: NewTokens = None
+    beams: Beams = 1
+    length_penalty: LengthPenalty = None
+    no_repeat_ngram_size: NoRepeat = 0
+
+    _check_search = model_validator(mode="after")(_check_search)
+
+
+class SummarizationOptions(_RewritingOptions):
+    """Settings of summarization."""
+
     prompt: Annotated[str, _holds("document")] | None = Field(
         None, description="What a decoder reads; null is '{document}\\n\\nSummary: '."
     )
-    src_lang: Language = None
-    tgt_lang: Language = None
-    max_new_tokens: NewTokens = None
-    beams: Beams = 1
-    length_penalty: LengthPenalty = None
-    no_repeat_ngram_size: NoRepeat = 0
-
-    _check_search = model_validator(mode="after")(_check_search)
 
 
-class Text2TextOptions(BaseModel):
+class Text2TextOptions(_RewritingOptions):
     """Settings of text2text-generation."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    max_source_length: SourceLength = None
-    max_target_length: TargetLength = None
-    prefix: Prefix = None
     prompt: Annotated[str, _holds("source")] | None = Field(
         None, description="What a decoder reads; null is '{source}\\n\\nAnswer: '."
     )
-    src_lang: Language = None
-    tgt_lang: Language = None
-    max_new_tokens: NewTokens = None
-    beams: Beams = 1
-    length_penalty: LengthPenalty = None
-    no_repeat_ngram_size: NoRepeat = 0
-
-    _check_search = model_validator(mode="after")(_check_search)
 
 
 Options = SummarizationOptions | Text2TextOptions
