@@ -9,22 +9,36 @@ and settings for each contender, in turn, each in a process of its own. bench/RE
 from __future__ import annotations
 
 import json
-import os
-import resource
-import subprocess
 import sys
 import tempfile
-import time
 from argparse import ArgumentParser, Namespace
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
-from train import CLIP, KEEP_PAGES, LORA_DROPOUT, TRAINER, WARM_UP, WEIGHT_DECAY, Steps, machine, read
+from contenders import (
+    LORA_DROPOUT,
+    TRAIN_LOSS,
+    WARM_UP,
+    Results,
+    Trained,
+    machine,
+    medians,
+    open_saved,
+    print_checks,
+    print_table,
+    read,
+    rival,
+    train_fasttune,
+    train_watched,
+    trainer_settings,
+    write,
+    write_result,
+)
+from contenders import measure as measure_child
 
 LEAST_SPEED, MOST_MEMORY = 2.0, 0.5  # the bars, as shares of the fastest other contender's
-LAST = 20
 PROMPT = "Summarize:\n{document}\nSummary: "
 SPECIAL = ("<pad>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>")
 CHAT = (
@@ -39,10 +53,10 @@ MEASURES = {
     "rows_per_s": ("rows/s", "{:.1f}"),
     "peak_mb": ("peak memory, MB", "{:.0f}"),
     "valid_loss": ("validation loss a token", "{:.4f}"),
-    "train_loss": (f"train loss, last {LAST} steps", "{:.4f}"),
+    "train_loss": TRAIN_LOSS,
     "process_s": ("whole process, s", "{:.1f}"),
 }
-DTYPES = ("bf16-autocast", "bf16", "autocast")
+DTYPES, ATTENTION, PARTS = ("bf16-autocast", "bf16", "autocast"), ("sdpa", "eager"), (2, 4, 8)
 
 
 def make_model(spec: Namespace, folder: Path) -> None:
@@ -105,161 +119,82 @@ def encode(spec: Namespace, tokenizer: Any, row: dict[str, Any]) -> dict[str, li
     return {"input_ids": [*prompt, *target], "labels": [-100] * len(prompt) + target}
 
 
-def train_fasttune(spec: Namespace) -> tuple[Steps, Path, int]:
-    from fasttune.memory import keep_pages
-    from fasttune.run import finetune
-
-    keep_pages()  # as `fasttune run` does
-    lora = {"rank": spec.rank, "alpha": 2 * spec.rank, "dropout": LORA_DROPOUT} if spec.strategy == "lora" else {}
-    shared = {key: getattr(spec, key) for key in ("steps", "batch", "lr", "seed")}
-    options: dict[str, Any]
+def train_ours(spec: Namespace) -> Trained:
+    task, options, columns, shown = "summarization", {"max_source_length": spec.max_length}, {}, {}
+    data = {"train": spec.train, "valid": spec.valid}
     if spec.model == "chat":
-        task, columns, options = "text-generation", {}, {"max_length": spec.max_length}
+        task, options = "text-generation", {"max_length": spec.max_length}
+        for split, path in data.items():
+            rows = ({"messages": messages_of(row)} for row in read(path))
+            data[split] = write(Path(spec.folder, f"{split}.jsonl"), rows)
     else:
-        task, columns = "summarization", {"document": "description", "summary": "synopsis"}
-        options = {"max_source_length": spec.max_length, "max_target_length": spec.max_target, "prefix": ""}
-        if spec.model == "decoder":
-            options = {**options, "prompt": PROMPT}
-            del options["prefix"]
-    data: dict[str, Any] = {"train": spec.train, "valid": spec.valid, "columns": columns}
-    if spec.model == "chat":
-        for split in ("train", "valid"):
-            path = Path(spec.folder, f"{split}.jsonl")
-            rows = ({"messages": messages_of(row)} for row in read(data[split]))
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            data[split] = str(path)
-    report = finetune(
+        columns = {"document": "description", "summary": "synopsis"}
+        shown = {"prefix": ""} if spec.model == "seq2seq" else {"prompt": PROMPT}
+        options["max_target_length"] = spec.max_target
+    return train_fasttune(
+        spec,
         task=task,
         model=spec.source,
-        options=options,
-        data=data,
-        strategy={"kind": spec.strategy, **lora},
-        train={
-            **shared,
-            "optimizer": {"kind": "adamw", "weight_decay": WEIGHT_DECAY},
-            "head_lr": spec.lr,
-            "clip": CLIP,
-            "schedule": {"kind": "linear", "warmup": 1},
-        },
+        options=options | shown,
+        data={**data, "columns": columns},
+        train={"schedule": {"kind": "linear", "warmup": 1}},
         eval={"every": spec.steps, "max_rows": 1, "samples": 0},
-        output=str(Path(spec.folder) / "run"),
-        quiet=True,
     )
-    records = [record for record in read(report.folder / "metrics.jsonl") if "metrics" not in record]
-    between = (report.metrics["seconds"] - sum(record["seconds"] for record in records)) / len(records)
-    steps = [record | {"seconds": record["seconds"] + between} for record in records]
-    return steps, report.folder / "last", records[-1]["peak_memory_bytes"]
 
 
-def train_other(spec: Namespace) -> tuple[Steps, Path, int]:
+def train_other(spec: Namespace) -> Trained:
     """transformers' Trainer (Seq2SeqTrainer's training loop is the same), or TRL's SFTTrainer."""
     import datasets
     import torch
     import transformers as hf
+    from peft import LoraConfig, get_peft_model
 
     hf.set_seed(spec.seed)
     tokenizer = hf.AutoTokenizer.from_pretrained(spec.source)
     auto = hf.AutoModelForSeq2SeqLM if spec.model == "seq2seq" else hf.AutoModelForCausalLM
     dtype = torch.bfloat16 if spec.dtype.startswith("bf16") else torch.float32
     model: Any = auto.from_pretrained(spec.source, dtype=dtype, attn_implementation=spec.attn)
-    peft_config = None
     if spec.strategy == "lora":
-        from peft import LoraConfig, get_peft_model
-
         kind = "SEQ_2_SEQ_LM" if spec.model == "seq2seq" else "CAUSAL_LM"
         sizes: dict[str, Any] = {"r": spec.rank, "lora_alpha": 2 * spec.rank, "lora_dropout": LORA_DROPOUT}
-        peft_config = LoraConfig(task_type=kind, target_modules="all-linear", **sizes)
-        if spec.contender == "trainer":
-            model = get_peft_model(model, peft_config)
+        model = get_peft_model(model, LoraConfig(task_type=kind, target_modules="all-linear", **sizes))
     if spec.dtype == "bf16-autocast":
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.data = parameter.data.float()
-    rows = [{**row} for row in read(spec.train)]
-    times: list[float] = []
-    losses: list[float] = []
-
-    class Clock(hf.TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            times.append(time.perf_counter())
-
-        on_train_begin = on_step_end
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if logs and "loss" in logs:
-                losses.append(logs["loss"])
-
-    settings: dict[str, Any] = {
-        "max_steps": spec.steps,
-        "per_device_train_batch_size": spec.batch,
-        "seed": spec.seed,
-        "learning_rate": spec.lr,
-        "warmup_steps": 1,
-        "weight_decay": WEIGHT_DECAY,
-        "max_grad_norm": CLIP,
-        "bf16": "autocast" in spec.dtype,
-        **TRAINER,
-        "logging_strategy": "steps",
-        "logging_steps": 1,
-    }
-    output = str(Path(spec.folder) / "trainer")
-    counts: list[tuple[int, int]] = []
+    settings = trainer_settings(spec, spec.dtype, warmup=1)
+    settings["per_device_train_batch_size"] //= spec.parts
+    settings |= {"gradient_accumulation_steps": spec.parts, "output_dir": str(Path(spec.folder) / "trainer")}
+    base: Any = hf.Trainer
     if spec.contender == "trl":
         import trl
 
-        class Own(trl.SFTTrainer):
-            def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-                counts.append((len(inputs["input_ids"]), int((inputs["labels"] != -100).sum())))
-                return super().training_step(model, inputs, num_items_in_batch)
-
-        trainer: Any = Own(
-            model=model,
-            args=trl.SFTConfig(
-                output, max_length=spec.max_length, assistant_only_loss=True, packing=False, **settings
-            ),
-            train_dataset=datasets.Dataset.from_list([{"messages": messages_of(row)} for row in rows]),
-            processing_class=tokenizer,
-            peft_config=peft_config,
-            callbacks=[Clock()],
-        )
+        base = trl.SFTTrainer
+        asked = {"max_length": spec.max_length, "assistant_only_loss": True, "gradient_checkpointing": False}
+        rows = [{"messages": messages_of(row)} for row in read(spec.train)]
+        arguments = {"args": trl.SFTConfig(**asked, **settings), "processing_class": tokenizer}
     else:
-
-        class Counted(hf.Trainer):
-            def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-                counts.append((len(inputs["input_ids"]), int((inputs["labels"] != -100).sum())))
-                return super().training_step(model, inputs, num_items_in_batch)
-
-        encoded = [encode(spec, tokenizer, row) for row in rows]
-        encoded = [{**one, "attention_mask": [1] * len(one["input_ids"])} for one in encoded]
-        trainer = Counted(
-            model=model,
-            args=hf.TrainingArguments(output, **settings),
-            train_dataset=datasets.Dataset.from_list(encoded),
-            data_collator=hf.DataCollatorForSeq2Seq(tokenizer, model if spec.model == "seq2seq" else None),
-            callbacks=[Clock()],
-        )
-    trainer.train()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    saved = Path(spec.folder) / "saved"
-    trainer.save_model(str(saved))
-    seconds = [end - before for before, end in pairwise(times)]
-    steps = [
-        {"rows": rows, "supervised": supervised, "seconds": s, "loss": loss}
-        for (rows, supervised), s, loss in zip(counts, seconds, losses, strict=True)
-    ]
-    return steps, saved, peak
+        rows = [encode(spec, tokenizer, row) for row in read(spec.train)]
+        rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+        collator = hf.DataCollatorForSeq2Seq(tokenizer, model if spec.model == "seq2seq" else None)
+        arguments = {"args": hf.TrainingArguments(**settings), "data_collator": collator}
+    return train_watched(
+        spec,
+        base,
+        lambda inputs: {"rows": len(inputs["input_ids"])},
+        model=model,
+        train_dataset=datasets.Dataset.from_list(rows),
+        **arguments,
+    )
 
 
 def score(spec: Namespace, saved: Path) -> dict[str, Any]:
     """Validation loss a supervised token, of what a contender saved, opened by transformers and PEFT, in fp32."""
     import torch
     import transformers as hf
-    from peft import PeftModel
 
     tokenizer = hf.AutoTokenizer.from_pretrained(spec.source)
     auto = hf.AutoModelForSeq2SeqLM if spec.model == "seq2seq" else hf.AutoModelForCausalLM
-    adapter = (saved / "adapter_config.json").exists()
-    model: Any = auto.from_pretrained(spec.source if adapter else saved, dtype=torch.float32)
-    model = (PeftModel.from_pretrained(model, str(saved)) if adapter else model).eval()
+    model = open_saved(auto, spec.source, saved)
     total, count = 0.0, 0
     for row in read(spec.valid):
         one = {name: torch.tensor([ids]) for name, ids in encode(spec, tokenizer, row).items()}
@@ -274,41 +209,32 @@ def score(spec: Namespace, saved: Path) -> dict[str, Any]:
 
 def contend(spec: Namespace) -> None:
     """The child process: trains, takes the figures, only then scores, and writes the result."""
-    steps, saved, peak = train_fasttune(spec) if spec.contender == "fasttune" else train_other(spec)
-    kept = steps[WARM_UP:]
-    seconds = sum(step["seconds"] for step in kept)
-    rows = sum(step["rows"] for step in kept)
-    result = {
-        "rows_per_s": rows / seconds,
-        # Contenders cut batches from one set of rows: what is supervised in a row is the same for all on average.
-        "supervised_per_s": rows / seconds * spec.supervised_a_row,
-        "peak_mb": peak / 1e6,
-        "train_loss": fmean(step["loss"] for step in steps[-LAST:]),
-        "process_s": time.time() - spec.started,
-        **score(spec, saved),
-    }
-    Path(spec.folder, "result.json").write_text(json.dumps(result), encoding="utf-8")
+    trained = train_ours(spec) if spec.contender == "fasttune" else train_other(spec)
+    steps = trained[0][WARM_UP:]
+    # Contenders cut batches from one set of rows: what is supervised in a row is the same for all on average.
+    supervised = sum(step["rows"] for step in steps) * spec.supervised_a_row
+    figures = {"supervised_per_s": supervised / sum(step["seconds"] for step in steps)}
+    write_result(spec, trained, figures, lambda saved: score(spec, saved))
 
 
 def measure(args: Namespace, contender: str, title: str, **settings: Any) -> dict[str, Any]:
-    """One contender, once, in a process of its own; prints what came out."""
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        path = Path(folder, "spec.json")
-        record = vars(args) | settings | {"contender": contender, "folder": folder, "started": time.time()}
-        path.write_text(json.dumps(record), encoding="utf-8")
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | ({} if contender == "fasttune" else KEEP_PAGES)
-        child = [sys.executable, __file__, "--spec", str(path)]
-        done = subprocess.run(child, env=environment, text=True, capture_output=True)
-        if done.returncode:
-            sys.exit(f"{contender} failed with status {done.returncode}:\n{done.stderr[-4000:]}")
-        result = json.loads(Path(folder, "result.json").read_text(encoding="utf-8"))
-    print(
-        title,
-        *(f"{name} {form.format(result[key])}" for key, (name, form) in MEASURES.items()),
-        sep=", ",
-        flush=True,
-    )
-    return result
+    return measure_child(__file__, vars(args) | settings, MEASURES, contender, title, contender != "fasttune")
+
+
+def tune(args: Namespace, contender: str) -> dict[str, Any]:
+    """The settings of a contender that take the most rows/s on a few steps: types and attention first, then
+    micro-batches."""
+    found: list[tuple[float, dict[str, Any]]] = []
+
+    def best_of(settings: list[dict[str, Any]]) -> dict[str, Any]:
+        for setting in settings:
+            title = f"trying {contender}, {', '.join(f'{key} {value}' for key, value in setting.items())}"
+            result = measure(args, contender, title, **setting, seed=0, steps=args.tune_steps)
+            found.append((result["rows_per_s"], setting))
+        return max(found, key=lambda pair: pair[0])[1]
+
+    best = best_of([{"dtype": dtype, "attn": attn, "parts": 1} for dtype, attn in product(DTYPES, ATTENTION)])
+    return best_of([best | {"parts": parts} for parts in PARTS if args.batch % parts == 0])
 
 
 def parse() -> Namespace:
@@ -317,12 +243,13 @@ def parse() -> Namespace:
     add("--train", metavar="JSONL", required=True)
     add("--valid", metavar="JSONL", required=True)
     add("--model", choices=("seq2seq", "decoder", "chat"), default="seq2seq")
-    numbers: dict[str, Any] = {"--steps": 60, "--batch": 32, "--rank": 16, "--max-length": 256, "--max-target": 48}
-    numbers |= {"--vocabulary": 131072, "--lr": 1e-3, "--scored": 200, "--tune-steps": 10}
+    numbers: dict[str, Any] = {"--steps": 40, "--batch": 16, "--rank": 16, "--max-length": 256, "--max-target": 48}
+    numbers |= {"--vocabulary": 131072, "--lr": 1e-3, "--scored": 200, "--tune-steps": 8}
     for name, value in numbers.items():
         add(name, type=type(value), default=value, help=f"default: {value}")
     add("--strategy", choices=("full", "lora"), default="lora")
     add("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[1, 2, 3])
+    add("--json", metavar="FILE", help="write every figure here")
     add("--check", action="store_true", help="exit with 1 if fasttune misses a bar")
     args = parser.parse_args()
     if min(args.steps, args.tune_steps) <= WARM_UP:
@@ -331,9 +258,9 @@ def parse() -> Namespace:
 
 
 def compare(args: Namespace) -> int:
-    print(machine())
+    print(where := machine())
     contenders = ["fasttune", "trainer", *(["trl"] if args.model == "chat" else [])]
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
+    results: Results = {name: [] for name in contenders}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         args.source = str(Path(folder, "model"))
         make_model(args, Path(args.source))
@@ -342,45 +269,33 @@ def compare(args: Namespace) -> int:
             for split, most in (("train", args.steps * args.batch), ("valid", args.scored))
         )
         args.supervised_a_row = supervised_a_row(args)
-        tried = {}
-        for dtype, attn in product(DTYPES, ("sdpa", "eager")):
-            found = measure(
-                args, "trainer", f"trying {dtype}, {attn}", dtype=dtype, attn=attn, seed=0, steps=args.tune_steps
-            )
-            tried[dtype, attn] = found["rows_per_s"]
-        dtype, attn = max(tried, key=tried.__getitem__)
-        print(
-            f"{args.model}, {args.strategy}, vocabulary {args.vocabulary}; the others: {dtype}, {attn}, pages kept"
-        )
+        chosen = {name: tune(args, name) if name != "fasttune" else {} for name in contenders}
+        print(f"{args.model}, {args.strategy}, vocabulary {args.vocabulary}; {chosen}; pages kept by all")
         for turn, seed in enumerate(args.seeds):
             for contender in contenders[:: -1 if turn % 2 else 1]:
                 title = f"seed {seed}, {contender}"
-                results[contender].append(measure(args, contender, title, dtype=dtype, attn=attn, seed=seed))
-    if len({json.dumps(run["same"]) for runs in results.values() for run in runs}) > 1:
-        print("note: the contenders' adapters differ")
-    medians = {name: {key: median(run[key] for run in runs) for key in MEASURES} for name, runs in results.items()}
-    print(f"\n| median of {len(args.seeds)} (range) | {' | '.join(results)} |\n{'|---' * (len(results) + 1)}|")
-    for key, (name, form) in MEASURES.items():
-        cells = [
-            f"{form} ({form} to {form})".format(median(found), min(found), max(found))
-            for found in ([run[key] for run in runs] for runs in results.values())
-        ]
-        print(f"| {name} | {' | '.join(cells)} |")
-    return 0 if passes(medians) or not args.check else 1
+                results[contender].append(measure(args, contender, title, seed=seed, **chosen[contender]))
+    if len({json.dumps(run.pop("same")) for runs in results.values() for run in runs}) > 1:
+        sys.exit("the contenders did not train the same: adapted layers differ")
+    print_table(results, MEASURES)
+    passed = passes(medians(results, MEASURES))
+    if args.json:
+        report = {"machine": where, "arguments": vars(args), "chosen": chosen, "results": results}
+        Path(args.json).write_text(json.dumps({**report, "passed": passed}, indent=2), encoding="utf-8")
+    return 1 if args.check and not passed else 0
 
 
-def passes(medians: dict[str, dict[str, float]]) -> bool:
-    ours = medians.pop("fasttune")
-    best = max(medians.values(), key=lambda found: found["rows_per_s"])
+def passes(found: dict[str, dict[str, float]]) -> bool:
+    ours, best = found["fasttune"], rival(found)
     speed, memory = (ours[key] / best[key] for key in ("supervised_per_s", "peak_mb"))
     loss = ours["valid_loss"] - best["valid_loss"]
-    checks = {
-        f"supervised tokens/s at least {LEAST_SPEED} x: {speed:.2f}": speed >= LEAST_SPEED,
-        f"peak memory at most {MOST_MEMORY} x: {memory:.2f}": memory <= MOST_MEMORY,
-        f"validation loss no worse than by 1 %: {loss:+.4f}": loss <= 0.01 * best["valid_loss"],
-    }
-    print("", *(f"{'pass' if passed else 'FAIL'}: {check}" for check, passed in checks.items()), sep="\n")
-    return all(checks.values())
+    return print_checks(
+        {
+            f"supervised tokens/s at least {LEAST_SPEED} x: {speed:.2f}": speed >= LEAST_SPEED,
+            f"peak memory at most {MOST_MEMORY} x: {memory:.2f}": memory <= MOST_MEMORY,
+            f"validation loss no worse than by 1 %: {loss:+.4f}": loss <= 0.01 * best["valid_loss"],
+        }
+    )
 
 
 def cut(args: Namespace, split: str, folder: str, most: int) -> str:
@@ -394,9 +309,7 @@ def cut(args: Namespace, split: str, folder: str, most: int) -> str:
             args.model != "chat" or len(encode(args, tokenizer, row)["labels"]) < args.max_length
         ):
             found.append(row)
-    target = Path(folder, f"{split}.jsonl")
-    target.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
-    return str(target)
+    return write(Path(folder, f"{split}.jsonl"), found)
 
 
 def supervised_a_row(args: Namespace) -> float:

@@ -10,26 +10,36 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
-import resource
-import subprocess
 import sys
 import tempfile
-import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
-from importlib import metadata
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
-from statistics import fmean, median
 from typing import Any
 
-# The parent imports nothing heavy: on Linux ru_maxrss of a new process starts at the resident set of its parent.
+from contenders import (
+    LORA_DROPOUT,
+    TRAIN_LOSS,
+    WARM_UP,
+    Results,
+    Trained,
+    machine,
+    medians,
+    open_saved,
+    print_checks,
+    print_table,
+    read,
+    train_fasttune,
+    train_watched,
+    trainer_settings,
+    write,
+    write_result,
+)
+from contenders import measure as measure_child
 
-WARM_UP = 5  # steps left out of both contenders' rates
-LAST = 20  # steps over which the final train loss is averaged
 LEAST_SPEED, MOST_MEMORY = 3.0, 0.45  # the bars, as shares of Trainer's
-LORA_DROPOUT, WEIGHT_DECAY, CLIP, WARM_UP_SHARE = 0.05, 0.01, 1.0, 0.06
+WARM_UP_SHARE = 0.06
 CONTENDERS = ("fasttune", "trainer")
 TRAINER_DTYPES = ("autocast", "bf16", "bf16-autocast", "fp32")
 TRAINER_ATTENTION = ("sdpa", "eager")
@@ -41,50 +51,22 @@ MEASURES = {
     "peak_mb": ("peak memory, MB", "{:.0f}"),
     "valid_loss": ("validation loss", "{:.4f}"),
     "accuracy": ("validation accuracy", "{:.4f}"),
-    "train_loss": (f"train loss, last {LAST} steps", "{:.4f}"),
+    "train_loss": TRAIN_LOSS,
     "train_s": ("training, s", "{:.1f}"),
     "process_s": ("whole process, s", "{:.1f}"),
 }
-TRAINER: dict[str, Any] = {"optim": "adamw_torch_fused", "lr_scheduler_type": "linear", "use_cpu": True}
-TRAINER |= {"train_sampling_strategy": "group_by_length", "dataloader_pin_memory": False, "disable_tqdm": True}
-TRAINER |= {"logging_strategy": "no", "save_strategy": "no", "eval_strategy": "no", "report_to": "none"}
-KEEP_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
-
-Steps = list[dict[str, Any]]
-"""rows, tokens, padded (tokens and padding), loss; seconds, from the end of the step before to its own."""
-Trained = tuple[Steps, Path, int]
-"""The steps; the folder of the saved model or adapter; the largest resident set until then, in bytes."""
 
 
-def read(path: str | Path) -> list[dict[str, Any]]:
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
-def train_fasttune(spec: Namespace) -> Trained:
-    from fasttune.memory import keep_pages
-    from fasttune.run import finetune
-
-    keep_pages()  # as `fasttune run` does
-    lora = {"rank": spec.rank, "alpha": 2 * spec.rank, "dropout": LORA_DROPOUT} if spec.strategy == "lora" else {}
-    shared = {key: getattr(spec, key) for key in ("steps", "batch", "lr", "precision", "seed")}
-    optimizer = {"optimizer": {"kind": "adamw", "weight_decay": WEIGHT_DECAY}, "head_lr": spec.lr, "clip": CLIP}
-    report = finetune(
+def train_ours(spec: Namespace) -> Trained:
+    return train_fasttune(
+        spec,
         task="text-classification",
         model=spec.model,
         options={"max_length": spec.max_length},
         data={"train": spec.train, "valid": spec.valid, "columns": {"text": spec.text, "label": spec.label}},
-        strategy={"kind": spec.strategy, **lora},
-        train={**shared, **optimizer, "schedule": {"kind": "linear", "warmup": spec.warmup}},
+        train={"precision": spec.precision, "schedule": {"kind": "linear", "warmup": spec.warmup}},
         eval={"every": spec.steps},
-        output=str(Path(spec.folder) / "run"),
-        quiet=True,
     )
-    records = [record for record in read(report.folder / "metrics.jsonl") if "metrics" not in record]
-    # A step's own seconds leave out what the loop does between steps (logging); the run's seconds hold it.
-    between = (report.metrics["seconds"] - sum(record["seconds"] for record in records)) / len(records)
-    steps = [record | {"seconds": record["seconds"] + between} for record in records]
-    return steps, report.folder / "last", records[-1]["peak_memory_bytes"]
 
 
 def train_trainer(spec: Namespace) -> Trained:
@@ -94,43 +76,25 @@ def train_trainer(spec: Namespace) -> Trained:
     tokenizer = transformers.AutoTokenizer.from_pretrained(spec.model)
     labels = sorted({row[spec.label] for row in read(spec.train)})
     model = trainer_model(spec, labels)
-    steps: Steps = []
-    times: list[float] = []
-
-    class Measured(transformers.Trainer):
-        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-            mask = inputs["attention_mask"]
-            loss = super().training_step(model, inputs, num_items_in_batch)
-            tokens, padded = int(mask.sum()), mask.numel()
-            steps.append({"rows": len(mask), "tokens": tokens, "padded": padded, "loss": float(loss)})
-            return loss
-
-    class Clock(transformers.TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            times.append(time.perf_counter())
-
-        on_train_begin = on_step_end
-
-    sizes = {"max_steps": spec.steps, "per_device_train_batch_size": spec.batch, "seed": spec.seed}
-    rates = {"learning_rate": spec.lr, "warmup_steps": spec.warmup, "weight_decay": WEIGHT_DECAY}
-    settings: dict[str, Any] = {**sizes, **rates, "max_grad_norm": CLIP, "bf16": "autocast" in spec.trainer_dtype}
-    trainer = Measured(
+    trained = train_watched(
+        spec,
+        transformers.Trainer,
+        lambda inputs: {
+            "rows": len(inputs["attention_mask"]),
+            "tokens": int(inputs["attention_mask"].sum()),
+            "padded": inputs["attention_mask"].numel(),
+        },
         model=model,
-        args=transformers.TrainingArguments(str(Path(spec.folder) / "trainer"), **settings, **TRAINER),
+        args=transformers.TrainingArguments(
+            str(Path(spec.folder) / "trainer"), **trainer_settings(spec, spec.trainer_dtype, spec.warmup)
+        ),
         train_dataset=tokenized(spec, spec.train, tokenizer, labels),
         eval_dataset=tokenized(spec, spec.valid, tokenizer, labels),
         data_collator=transformers.DataCollatorWithPadding(tokenizer, pad_to_multiple_of=spec.trainer_pad or None),
         processing_class=tokenizer,
-        callbacks=[Clock()],
     )
-    trainer.train()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    saved = Path(spec.folder) / "saved"
-    trainer.save_model(str(saved))
-    model.config.save_pretrained(saved)
-    for step, (before, end) in zip(steps, pairwise(times), strict=True):
-        step["seconds"] = end - before
-    return steps, saved, peak
+    model.config.save_pretrained(trained[1])
+    return trained
 
 
 def trainer_model(spec: Namespace, labels: list[str]) -> Any:
@@ -172,13 +136,10 @@ def tokenized(spec: Namespace, path: str, tokenizer: Any, labels: list[str]) -> 
 def score(spec: Namespace, saved: Path) -> dict[str, Any]:
     """Validation loss and accuracy of what a contender saved, opened by transformers and PEFT, in fp32."""
     import torch
-    from peft import PeftModel
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-    adapter = (saved / "adapter_config.json").exists()
-    source, config = spec.model if adapter else saved, AutoConfig.from_pretrained(saved)
-    model: Any = AutoModelForSequenceClassification.from_pretrained(source, config=config, dtype=torch.float32)
-    model = (PeftModel.from_pretrained(model, str(saved)) if adapter else model).eval()
+    config = AutoConfig.from_pretrained(saved)
+    model = open_saved(AutoModelForSequenceClassification, spec.model, saved, config=config)
     trained = {name: weight for name, weight in model.named_parameters() if "lora_" in name or "_to_save" in name}
     tokenizer, outputs = AutoTokenizer.from_pretrained(spec.model), []
     rows = sorted(read(spec.valid), key=lambda row: len(row[spec.text]))
@@ -198,37 +159,17 @@ def score(spec: Namespace, saved: Path) -> dict[str, Any]:
 
 def contend(spec: Namespace) -> None:
     """The child process: trains, takes the figures, only then scores, and writes the result."""
-    steps, saved, peak = train_fasttune(spec) if spec.contender == "fasttune" else train_trainer(spec)
-    sums = {key: sum(step[key] for step in steps[WARM_UP:]) for key in ("rows", "tokens", "padded", "seconds")}
-    result = {
-        "rows_per_s": sums["rows"] / sums["seconds"],
-        "tokens_per_s": sums["tokens"] / sums["seconds"],
-        "padding": 1 - sums["tokens"] / sums["padded"],
-        "peak_mb": peak / 1e6,
-        "train_loss": fmean(step["loss"] for step in steps[-LAST:]),
-        "train_s": sum(step["seconds"] for step in steps),
-        "process_s": time.time() - spec.started,
-        **score(spec, saved),
-    }
-    Path(spec.folder, "result.json").write_text(json.dumps(result), encoding="utf-8")
+    trained = train_ours(spec) if spec.contender == "fasttune" else train_trainer(spec)
+    kept = trained[0][WARM_UP:]
+    tokens, padded, seconds = (sum(step[key] for step in kept) for key in ("tokens", "padded", "seconds"))
+    figures = {"tokens_per_s": tokens / seconds, "padding": 1 - tokens / padded}
+    write_result(spec, trained, figures, lambda saved: score(spec, saved))
 
 
 def measure(args: Namespace, contender: str, title: str, **settings: Any) -> dict[str, Any]:
-    """One contender, once, in a process of its own; prints what came out."""
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        path = Path(folder, "spec.json")
-        record = vars(args) | settings | {"contender": contender, "folder": folder, "started": time.time()}
-        path.write_text(json.dumps(record), encoding="utf-8")
-        child = [sys.executable, __file__, "--contender", contender, "--spec", str(path)]
-        keep = record["trainer_keep_pages"] and contender == "trainer"
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | (KEEP_PAGES if keep else {})
-        done = subprocess.run(child, env=environment, text=True, capture_output=True)
-        if done.returncode:
-            sys.exit(f"{contender} failed with status {done.returncode}:\n{done.stderr[-4000:]}")
-        result = json.loads(Path(folder, "result.json").read_text(encoding="utf-8"))
-    figures = (f"{name} {form.format(result[key])}" for key, (name, form) in MEASURES.items())
-    print(title, *figures, sep=", ", flush=True)
-    return result
+    record = vars(args) | settings
+    keep = record["trainer_keep_pages"] and contender == "trainer"
+    return measure_child(__file__, record, MEASURES, contender, title, keep)
 
 
 def tune_trainer(args: Namespace) -> dict[str, Any]:
@@ -253,27 +194,16 @@ def tune_trainer(args: Namespace) -> dict[str, Any]:
         )
 
 
-def print_table(results: dict[str, list[dict[str, Any]]]) -> None:
-    """Medians, the range behind them, and fasttune's share of Trainer's."""
-    print(f"\n| median of {len(next(iter(results.values())))} (range) | {' | '.join(results)} | ratio |")
-    print("|---" * (len(results) + 2) + "|")
-    for key, (name, form) in MEASURES.items():
-        found = [[run[key] for run in runs] for runs in results.values()]
-        cells = [f"{form} ({form} to {form})".format(median(runs), min(runs), max(runs)) for runs in found]
-        ours, theirs = median(found[0]), median(found[-1])
-        print(f"| {name} | {' | '.join(cells)} | {f'{ours / theirs:.2f}' if len(found) > 1 and theirs else ''} |")
-
-
-def print_checks(ours: dict[str, float], theirs: dict[str, float]) -> bool:
+def passes(ours: dict[str, float], theirs: dict[str, float]) -> bool:
     speed, memory = (ours[key] / theirs[key] for key in ("rows_per_s", "peak_mb"))
     loss = ours["valid_loss"] - theirs["valid_loss"]
-    checks = {
-        f"rows/s at least {LEAST_SPEED} x Trainer's: {speed:.2f}": speed >= LEAST_SPEED,
-        f"peak memory at most {MOST_MEMORY} x Trainer's: {memory:.2f}": memory <= MOST_MEMORY,
-        f"validation loss no worse than Trainer's: {loss:+.4f}": loss <= 0,
-    }
-    print("", *(f"{'pass' if passed else 'FAIL'}: {check}" for check, passed in checks.items()), sep="\n")
-    return all(checks.values())
+    return print_checks(
+        {
+            f"rows/s at least {LEAST_SPEED} x Trainer's: {speed:.2f}": speed >= LEAST_SPEED,
+            f"peak memory at most {MOST_MEMORY} x Trainer's: {memory:.2f}": memory <= MOST_MEMORY,
+            f"validation loss no worse than Trainer's: {loss:+.4f}": loss <= 0,
+        }
+    )
 
 
 def use_rows(args: Namespace, folder: str, first: int, most_valid: int | None = None) -> dict[str, str]:
@@ -281,20 +211,9 @@ def use_rows(args: Namespace, folder: str, first: int, most_valid: int | None = 
     tables = {"train": read(args.train)[:first]}
     known = {row[args.label] for row in tables["train"]}
     tables["valid"] = [row for row in read(args.valid) if row[args.label] in known][:most_valid]
-    paths = {name: str(Path(folder, f"{name}.jsonl")) for name in tables}
-    for name, rows in tables.items():
-        Path(paths[name]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    paths = {name: write(Path(folder, f"{name}.jsonl"), rows) for name, rows in tables.items()}
     print(f"{len(tables['train'])} rows of train, {len(known)} classes, {len(tables['valid'])} rows of valid")
     return paths
-
-
-def machine() -> str:
-    """Which machine and versions the figures belong to, and when."""
-    info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    name = next((line.partition(":")[2].strip() for line in info if line.startswith("model name")), "CPU")
-    versions = [f"{name} {metadata.version(name)}" for name in ("fasttune", "torch", "transformers", "peft")]
-    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
-    return f"{time.strftime('%Y-%m-%d %H:%M')}, {name}, {cores} cores, load {load:.1f}; {', '.join(versions)}"
 
 
 def default_model() -> str:
@@ -335,7 +254,7 @@ def compare(args: Namespace) -> int:
     args.model = args.model or default_model()
     args.warmup = max(1, math.ceil(WARM_UP_SHARE * args.steps))
     args.trainer_dtype = args.trainer_dtype or ("autocast" if args.precision == "bf16" else "fp32")
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS if args.only in (None, name)}
+    results: Results = {name: [] for name in CONTENDERS if args.only in (None, name)}
     print(where := machine())
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         vars(args).update(tune_trainer(args) if args.tune_trainer and "trainer" in results else {})
@@ -348,11 +267,11 @@ def compare(args: Namespace) -> int:
                 results[contender].append({"seed": seed, **result})
     if len({json.dumps(run.pop("same")) for runs in results.values() for run in runs}) > 1:
         sys.exit("the contenders did not train the same: classes or adapted layers differ")
-    medians = {name: {key: median(run[key] for run in runs) for key in MEASURES} for name, runs in results.items()}
-    print_table(results)
-    passed = len(medians) < 2 or print_checks(*medians.values())
+    found = medians(results, MEASURES)
+    print_table(results, MEASURES)
+    passed = len(found) < 2 or passes(*found.values())
     if args.json:
-        report = {"machine": where, "arguments": vars(args), "results": results, "medians": medians}
+        report = {"machine": where, "arguments": vars(args), "results": results, "medians": found}
         Path(args.json).write_text(json.dumps({**report, "passed": passed}, indent=2), encoding="utf-8")
     return 1 if args.check and not passed else 0
 
