@@ -34,8 +34,9 @@ from fasttune.ops import attention, backend, dropout
 
 NAME = "fasttune"
 _PLAIN_ARGUMENTS = frozenset(
-    {"module", "query", "key", "value", "attention_mask", "scaling", "dropout", "head_mask", "kwargs"}
+    ["module", "query", "key", "value", "attention_mask", "scaling", "dropout", "head_mask", "kwargs"]
 )
+_POSITION_BIAS = "position_bias"  # T5's family adds it to the scores, beside the mask
 # A model that asks for an implementation by name may do something for it that it would not do for ours. Asking for
 # eager is what GPT-2 does, for an option that it heeds with no other implementation either.
 _ASKS_BY_NAME = re.compile(r"_attn_implementation\s*(==\s*[\"'](?!eager)|!=|(not\s+)?in\b)")
@@ -49,18 +50,21 @@ def plain_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """softmax(query keyᵀ · scaling + mask) value, by `fasttune.ops.attention`.
+    """softmax(query keyᵀ · scaling + mask + bias) value, by `fasttune.ops.attention`.
 
     query: [rows, heads, queries, width]. key, value: [rows, heads or fewer, keys, width].
     attention_mask: additive, broadcast to [rows, heads, queries, at least keys]. scaling: width ** -0.5 if None.
+    position_bias: the same, of relative positions (T5).
     Returns the result [rows, queries, heads, width]; weights never exist as a whole.
 
-    What that op does not take, a mask that is trained (Swin's relative positions) or values of another width than
-    the keys (DeepSeek's), is computed by PyTorch's plain products, whose scores autograd keeps.
+    What that op does not take, a mask or bias that is trained (Swin's relative positions) or values of another
+    width than the keys (DeepSeek's), is computed by PyTorch's plain products, whose scores autograd keeps.
     """
-    mask = None if attention_mask is None else attention_mask[..., : key.shape[-2]]
+    parts = [part[..., : key.shape[-2]] for part in (attention_mask, position_bias) if part is not None]
+    mask = sum(parts[1:], parts[0]) if parts else None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if value.shape != key.shape or (mask is not None and mask.requires_grad):
         return _products(query, key, value, mask, scale, dropout, module.training), None
@@ -145,17 +149,20 @@ def _is_textbook(model: nn.Module) -> bool:
 
 
 def _computes_the_textbook(eager: Callable[..., Any]) -> bool:
-    """By its arguments, which are the usual ones (soft caps and position biases would be others), and by example,
-    which fails where sinks are read from the module."""
-    if not set(inspect.signature(eager).parameters) <= _PLAIN_ARGUMENTS:
+    """By its arguments, which are the usual ones (soft caps would be others), and by example, which fails where
+    sinks are read from the module."""
+    arguments = set(inspect.signature(eager).parameters)
+    if not arguments <= _PLAIN_ARGUMENTS | {_POSITION_BIAS}:
         return False
     generator = torch.Generator().manual_seed(1)
     query, key, value = torch.randn(3, 2, 4, 5, 8, generator=generator, device="cpu").unbind()
     mask = torch.randn(2, 1, 5, 5, generator=generator, device="cpu")
+    bias = torch.randn(1, 4, 5, 5, generator=generator, device="cpu") if _POSITION_BIAS in arguments else None
+    biased = {} if bias is None else {_POSITION_BIAS: bias}
     module = SimpleNamespace(training=False, num_key_value_groups=1)
     try:
-        found = eager(module, query, key, value, mask, scaling=0.7, dropout=0.0)[0]
+        found = eager(module, query, key, value, mask, scaling=0.7, dropout=0.0, **biased)[0]
     except (AttributeError, TypeError):  # it reads more of its module, or wants more arguments
         return False
-    expected = _products(query, key, value, mask, 0.7, 0.0, training=False)
+    expected = _products(query, key, value, mask if bias is None else mask + bias, 0.7, 0.0, training=False)
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4, atol=1e-5)

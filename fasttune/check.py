@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -46,13 +48,19 @@ def check(config: RunConfig, remote_code: str | None = None) -> dict[str, Any]:
         "bad rows left out": [str(row) for row in prepared.skipped],
         unit: f"{min(costs):,} to {max(costs):,} a sample, mean {np.mean(costs):,.1f}",
         "padding": f"{_padding(costs, config):.1%} in buckets of {config.train.batch}",
-        "samples": [_describe(prepared.train, i) for i in range(min(_SAMPLES_SHOWN, len(prepared.train)))],
+        "samples": [_describe(prepared.train, i) for i in _first_samples(prepared.train.owner)],
         "steps": f"{steps:,} of {config.train.batch} rows, {batches.per_epoch:,} an epoch",
         "strategy": f"{config.strategy.kind}, {trained:,} parameters trained in {config.train.precision}",
         "learning rate": f"{config.train.lr:g}, head {config.train.head_lr:g}",
         "memory": _forecast(adapted, batches, prepared.task, config.train.accumulation),
         "output": config.output,
     }
+
+
+def _first_samples(owner: Sequence[int]) -> list[int]:
+    """The first sample of each of the first rows: a row may have many."""
+    firsts = (i for i, row in enumerate(owner) if i == 0 or row != owner[i - 1])
+    return list(islice(firsts, _SAMPLES_SHOWN))
 
 
 def _padding(costs: list[int], config: RunConfig) -> float:

@@ -141,6 +141,20 @@ class Demo:
     baselines: Mapping[str, float] = field(default_factory=dict)
 
 
+def every_strategy(
+    train: Mapping[str, Mapping[str, Any]], **shared: Any
+) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+    """Variants of a demo: the model from random weights, then the pretrained one by every strategy.
+
+    train: `train` settings of "from scratch", "head", "lora" and "full". shared: settings that all of them have.
+    """
+    variants = []
+    for name, kind in {"from scratch": "full", "head": "head", "lora": "lora", "full": "full"}.items():
+        weights = {"weights": "random"} if name == "from scratch" else {}
+        variants.append((name, {**weights, "strategy": {"kind": kind}, "train": train[name], **shared}))
+    return tuple(variants)
+
+
 class Meter(Protocol):
     """Streaming metrics: no logits are kept."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fasttune.errors import DataError
-from fasttune.task import Bundle, Column, Demo, Sample, Source
+from fasttune.task import Bundle, Column, Demo, Sample, Source, every_strategy
 from fasttune_classification.classifier import LABEL_ALIASES, Classifier
 from fasttune_classification.options import TextOptions
 
@@ -134,16 +134,11 @@ class TextClassification(Classifier):
         train, valid = docstrings.split(DEMO_TRAIN_PER_LABEL, DEMO_VALID_PER_LABEL, DEMO_SEED)
         labels = [row["label"] for row in valid]
         majority = max(labels.count(label) for label in set(labels)) / len(labels)
-        kinds = {"from scratch": "full", "head": "head", "lora": "lora", "full": "full"}
-        variants = []
-        for name, kind in kinds.items():
-            settings: dict[str, Any] = {"strategy": {"kind": kind}, "train": DEMO_TRAIN[name]}
-            variants.append((name, {"weights": "random", **settings} if name == "from scratch" else settings))
         return Demo(
             title=f"Which of {len(set(labels))} Python libraries does this docstring come from?",
             model=str(Path(docstrings.__file__).parent / "encoder"),
             train=[dict(row) for row in train],
             valid=[dict(row) for row in valid],
-            variants=tuple(variants),
+            variants=every_strategy(DEMO_TRAIN),
             baselines={"majority class": majority},
         )

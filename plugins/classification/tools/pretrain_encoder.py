@@ -28,7 +28,8 @@ from transformers import ModernBertConfig, ModernBertForMaskedLM, PreTrainedToke
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fasttune_classification.demo.docstrings import docstrings, mask_names, source_files
+from fasttune.docstrings import docstrings
+from fasttune_classification.demo.docstrings import mask_names, source_files
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PAD, UNK, CLS, SEP, MASK = range(len(SPECIAL_TOKENS))
@@ -111,7 +112,7 @@ def read_documents() -> tuple[list[list[str]], list[str]]:
     for root in (Path(sysconfig.get_path("stdlib")), installed):
         for path in source_files(root, (".py", ".md", ".rst", "METADATA")):
             texts = []
-            for text in docstrings(path) if path.suffix == ".py" else prose(path):
+            for text in (d.text for d in docstrings(path)) if path.suffix == ".py" else prose(path):
                 if len(text) >= MIN_TEXT_CHARACTERS and text not in seen:
                     seen.add(text)
                     texts.append(text)

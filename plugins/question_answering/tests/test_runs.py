@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import random
 from pathlib import Path
 
@@ -287,6 +288,7 @@ def test_the_command_line_takes_squad_files(make_model, files, tmp_path):
     assert status == 0
     assert "rows: 60 train, 25 valid" in out
     assert "which city burned ? | " in out
+    assert re.findall(r"^ *row (\d+):", out, re.MULTILINE) == ["1", "2", "3"], "not three windows of one row"
     assert "«hamburg»" in out or "«magdeburg»" in out or "no answer here" in out
     run = str(tmp_path / "run")
     assert command("run", "question-answering", *data, *settings, "--set=train.epochs=1", "--output", run)[0] == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from fasttune.errors import DataError
-from fasttune.task import Bundle, Column, Demo, Loss, Meter, Metric, Sample, Source, Task
+from fasttune.task import Bundle, Column, Demo, Loss, Meter, Metric, Sample, Source, Task, every_strategy
 from fasttune_summarization.options import SummarizationOptions, Text2TextOptions
 
 if TYPE_CHECKING:
@@ -174,35 +174,26 @@ class Summarization(Rewriting):
     default_prompt = "{document}\n\nSummary: "
 
     @classmethod
-    def demo(cls) -> Demo | None:
+    def demo(cls) -> Demo:
         """The summary line of a docstring from its body: text of the installed packages, and a small T5 that was
-        pretrained on such text, though on none of the lines that are held out. None until
-        tools/pretrain_seq2seq.py has made that model."""
-        from fasttune_summarization.demo import docstrings
+        pretrained on such text, though on none of the lines that are held out. Raises RuntimeError if too few
+        packages are installed."""
+        from fasttune.docstrings import split
+        from fasttune_summarization.demo.docstrings import first_sentence, pairs
         from fasttune_summarization.rouge import rouge
 
-        model = Path(docstrings.__file__).parent / "model"
-        if not model.is_dir():
-            return None
-        train, valid = docstrings.split(DEMO_TRAIN, DEMO_VALID, DEMO_SEED)
-        lead = [rouge(docstrings.first_sentence(row["document"]), row["summary"])["rougeL"] for row in valid]
-        kinds = {"from scratch": "full", "head": "head", "lora": "lora", "full": "full"}
-        options = {"max_source_length": 160, "max_target_length": 32}
-        variants = []
-        for name, kind in kinds.items():
-            settings = {
-                "strategy": {"kind": kind},
-                "train": {"batch": 16, **DEMO_SETTINGS[name]},
-                "eval": {"batch": 60},
-                "options": options,
-            }
-            variants.append((name, {"weights": "random", **settings} if name == "from scratch" else settings))
+        train, valid = split(pairs, DEMO_TRAIN, DEMO_VALID, DEMO_SEED)
+        lead = [rouge(first_sentence(row["document"]), row["summary"])["rougeL"] for row in valid]
         return Demo(
             title="What is the summary line of this docstring? Written from its body.",
-            model=str(model),
-            train=[dict(row) for row in train],
-            valid=[dict(row) for row in valid],
-            variants=tuple(variants),
+            model=str(Path(__file__).parent / "demo" / "model"),
+            train=train,
+            valid=valid,
+            variants=every_strategy(
+                DEMO_SETTINGS,
+                eval={"batch": 60},
+                options={"max_source_length": 160, "max_target_length": 32},
+            ),
             baselines={"first sentence": sum(lead) / len(lead)},
         )
 

@@ -1,19 +1,19 @@
 """Labelled text from what is installed: "which library does this docstring come from?".
 
-Sources are parsed with ast and never imported. Library names are masked, duplicates are dropped, and no file
+Sources are parsed and never imported. Library names are masked, duplicates are dropped, and no file
 feeds both sides of a split.
 """
 
-import ast
 import math
 import os
 import random
 import re
 import sysconfig
-import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+
+from fasttune.docstrings import docstrings
 
 STDLIB = "stdlib"
 LIBRARIES = (
@@ -72,19 +72,6 @@ def library_root(library: str) -> Path | None:
     if spec is None or not spec.submodule_search_locations:
         return None
     return Path(next(iter(spec.submodule_search_locations)))
-
-
-def docstrings(path: Path) -> list[str]:
-    """Cleaned docstrings of one source file in order; empty if it does not parse."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)
-            tree = ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError, RecursionError):
-        return []
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = (node for node in ast.walk(tree) if isinstance(node, documented))
-    return [text for node in nodes if (text := ast.get_docstring(node))]
 
 
 def mask_names(text: str) -> str:
@@ -160,8 +147,8 @@ def _file_texts(path: Path, wanted: int, seed: int, seen: set[str]) -> list[str]
 
 
 def _usable_texts(path: Path) -> Iterator[str]:
-    for text in docstrings(path):
-        masked = mask_names(text).strip()
+    for docstring in docstrings(path):
+        masked = mask_names(docstring.text).strip()
         if len(masked) > MAX_CHARACTERS:
             masked = masked[:MAX_CHARACTERS].rsplit(None, 1)[0]
         if len(masked) >= MIN_CHARACTERS:

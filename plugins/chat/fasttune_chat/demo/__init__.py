@@ -1,0 +1,1 @@
+"""The demo's model, and the conversations that it learns from."""
