@@ -38,8 +38,8 @@ language: en
 
 # {title}
 
-{what} {parameters:,} parameters. It serves fasttune's demo where no hub is reachable, and knows little beyond the
-documentation of Python packages.
+{what} {parameters:,} parameters.
+It serves fasttune's demo where no hub is reachable, and knows little beyond the documentation of Python packages.
 
 ## How it was made
 

@@ -25,9 +25,9 @@ ID_ALIASES = ("qid", "question_id", "uid")
 # The demo's settings, tuned on two cores.
 DEMO_TRAIN, DEMO_VALID, DEMO_SEED = 480, 120, 17
 DEMO_SETTINGS: dict[str, dict[str, Any]] = {
-    "from scratch": {"epochs": 4, "batch": 16, "lr": 2e-3},
-    "head": {"epochs": 4, "batch": 16, "lr": 5e-3},
-    "lora": {"epochs": 4, "batch": 16, "lr": 5e-3},
+    "from scratch": {"epochs": 8, "batch": 16, "lr": 2e-3},
+    "head": {"epochs": 8, "batch": 16, "lr": 2e-2},
+    "lora": {"epochs": 8, "batch": 16, "lr": 5e-3},
     "full": {"epochs": 4, "batch": 16, "lr": 1e-3},
 }
 
