@@ -153,8 +153,8 @@ def pretrain(
         best = Path(scratch, "run", "last")
         trained = auto.from_pretrained(best, dtype=torch.bfloat16)
         trained.save_pretrained(options.out)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(best / name, options.out / name)
+        for name in ("tokenizer.json", "tokenizer_config.json"):  # not the run's, which has its length limit
+            shutil.copy(model / name, options.out / name)
     compact(options.out / "tokenizer.json")
     shown = {name: value for name, value in report.metrics["valid"].items() if isinstance(value, float)}
     values = {
