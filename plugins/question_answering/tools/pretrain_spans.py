@@ -99,8 +99,8 @@ def main() -> None:
             "question-answering head,",
             "objective": "the place of a span in a docstring, from some words around another of its places, where "
             "it is masked\n  (recurring span selection, https://arxiv.org/abs/2101.00438), after masked language "
-            "modelling by\n  plugins/classification/tools/pretrain_encoder.py, whose text had the held-out side in "
-            "it.",
+            "modelling by\n  plugins/classification/tools/pretrain_encoder.py, whose text had the held-out side "
+            "in it.",
             **counts,
         },
     )
