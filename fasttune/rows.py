@@ -191,7 +191,7 @@ class Rows:
                 continue
             value = value_of(raw, self.mapping[column.role])
             if isinstance(value, DataError):  # the layout's reader found it
-                raise DataError(column.role, value.why)
+                raise DataError(value.column or column.role, value.why)
             if value is None and not column.required:
                 continue
             if column.kind in _MEDIA:

@@ -225,13 +225,13 @@ def test_a_fault_that_the_reader_found_is_raised_where_its_column_is_read() -> N
     rows = (
         {"text": "a", "label": "x"},
         {"text": "b", "label": DataError(None, "line 3: expected a class")},
-        {"text": DataError("text", "no such page"), "label": "x"},
+        {"text": DataError("label", "a label of no page"), "label": DataError("label", "a label of no page")},
     )
     found = check(rows_of((TEXT, LABEL), *rows))
     assert found.good.tolist() == [0]
     assert [(bad.row, bad.column, bad.why) for bad in found.bad] == [
         (2, "label", "line 3: expected a class"),
-        (3, "text", "no such page"),
+        (3, "label", "a label of no page"),
     ]
     assert check(rows_of((TEXT,), *rows)).good.tolist() == [0, 1]
     optional = Column("label", "label", required=False)
