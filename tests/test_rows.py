@@ -176,7 +176,8 @@ def test_class_names_of_a_saved_dataset(tmp_path: Path) -> None:
     assert [opened.read(i)["labels"] for i in (0, 1)] == [["no", "yes"], []]
 
 
-def test_class_names_inside_a_json_column(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["saved", "rows.parquet"])
+def test_class_names_inside_a_json_column(tmp_path: Path, name: str) -> None:
     """Objects of an image, as a mapping of lists, as hub sets hold them, and as a list of mappings."""
     from datasets import ClassLabel, Dataset, Features, List, Value
 
@@ -196,16 +197,18 @@ def test_class_names_inside_a_json_column(tmp_path: Path) -> None:
         },
         {"text": "b", "objects": {"bbox": [], "category": []}, "parts": None},
     ]
-    Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "saved"))
+    path = str(tmp_path / name)
+    dataset = Dataset.from_list(rows, features=features)
+    dataset.save_to_disk(path) if name == "saved" else dataset.to_parquet(path)
     columns = (TEXT, Column("objects", "json"), Column("parts", "json", required=False))
-    opened = open_rows(read(str(tmp_path / "saved")), columns, {}, Limits())
+    opened = open_rows(read(path), columns, {}, Limits())
     assert opened.read(0) == {
         "text": "a",
         "objects": {"bbox": [[1.0, 2.0, 3.0, 4.0]] * 2, "category": ["dog", None]},
         "parts": [{"id": 1, "kind": "cat"}],
     }
     assert opened.read(1) == {"text": "b", "objects": {"bbox": [], "category": []}}
-    named = open_rows(read(str(tmp_path / "saved")), columns[1:2], {"objects": "objects.category"}, Limits())
+    named = open_rows(read(path), columns[1:2], {"objects": "objects.category"}, Limits())
     assert named.read(0) == {"objects": ["dog", None]}
 
 

@@ -177,7 +177,7 @@ def _file_name(image: Mapping[str, Any], number: int) -> str | DataError:
 def _root_of_images(place: Place, names: list[Any]) -> Path:
     """The folder that most of the files are found in.
 
-    Looked in, first ones first: data.root, or else the JSON's folder and the one above; in each, itself, images,
+    Looked in, first ones first: data.root, or else the JSON's folder and the one above; in each, itself, images, data
     and the folders of the split that the JSON's name ends in (instances_train.json: train, train2017,
     images/train …). Raises DataError with all of them if none holds any of the files.
     """
@@ -201,7 +201,7 @@ def _spots(base: Path, stem: str) -> list[Path]:
     words = re.split(r"[\W_]+", stem)
     roles = [role for role in SPLITS if named_splits(role, words)]
     spots = []
-    for parent in (base, base / "images"):
+    for parent in (base, base / "images", base / "data"):  # "data": FiftyOne's
         if parent.is_dir():
             held = sorted(entry.name for entry in parent.iterdir() if entry.is_dir())
             named = [name for role in roles for name in named_splits(role, held)]

@@ -29,7 +29,7 @@ from fasttune_detection.places import (
     read_text,
 )
 
-_NAMES = ("data.yaml", "data.yml")
+_NAMES = ("data.yaml", "data.yml", "dataset.yaml")
 _LINE = "`class cx cy w h`, or a polygon, `class x1 y1 x2 y2 x3 y3 …`"
 _BEYOND = 0.01  # of the image, which rounding may leave: as Ultralytics has it; pixels are checked with the image
 

@@ -217,6 +217,7 @@ def test_other_documents_are_not_coco(tmp_path, document):
         ("annotations/valid.json", "val"),
         ("train/_annotations.coco.json", "train"),
         ("annotations.json", "images"),
+        ("labels.json", "data"),
         ("annotations.json", "."),
     ],
 )
