@@ -177,8 +177,8 @@ def _file_name(image: Mapping[str, Any], number: int) -> str | DataError:
 def _root_of_images(place: Place, names: list[Any]) -> Path:
     """The folder that most of the files are found in.
 
-    Looked in, first ones first: data.root, or else the JSON's folder and the one above; in each, itself, images, data
-    and the folders of the split that the JSON's name ends in (instances_train.json: train, train2017,
+    Looked in, first ones first: data.root, or else the JSON's folder and the one above; in each, itself, images,
+    data, and the folders of the split that the JSON's name ends in (instances_train.json: train, train2017,
     images/train …). Raises DataError with all of them if none holds any of the files.
     """
     files = [name for name in names if isinstance(name, str) and name and "\0" not in name]
