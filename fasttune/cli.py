@@ -15,6 +15,9 @@ from fasttune import __version__
 from fasttune.errors import BadRows, ConfigError, FasttuneError, Stopped
 
 F = TypeVar("F", bound=Callable[..., Any])
+_ROOT = click.option(
+    "--root", metavar="DIR", help="Folder that paths of images and audio in --data are relative to."
+)
 
 
 class _Group(click.Group):
@@ -145,14 +148,15 @@ def _lines(found: dict[str, Any]) -> list[str]:
 @main.command()
 @click.argument("run_folder", metavar="RUN", type=click.Path(exists=True, file_okay=False))
 @click.option("--data", "rows", required=True, metavar="PATH", help="Labelled rows.")
+@_ROOT
 @click.option("--json", "as_json", is_flag=True, help="All metrics, as JSON.")
 @click.option("--trust-remote-code", "remote_code", metavar="REPO@COMMIT")
-def evaluate(run_folder: str, rows: str, as_json: bool, remote_code: str | None) -> None:
+def evaluate(run_folder: str, rows: str, root: str | None, as_json: bool, remote_code: str | None) -> None:
     """Metrics of a run's best model on labelled rows."""
     from fasttune.inference import load
     from fasttune.progress import scalars
 
-    metrics = load(run_folder, remote_code=remote_code).evaluate(rows)
+    metrics = load(run_folder, remote_code=remote_code).evaluate(rows, root=root)
     lines = [f"{name:12} {value:.4f}" for name, value in scalars(metrics).items()]
     click.echo(json.dumps(metrics) if as_json else "\n".join(lines))
 
@@ -160,16 +164,20 @@ def evaluate(run_folder: str, rows: str, as_json: bool, remote_code: str | None)
 @main.command()
 @click.argument("run_folder", metavar="RUN", type=click.Path(exists=True, file_okay=False))
 @click.option("--data", "rows", metavar="PATH", help="Rows to predict.")
+@_ROOT
 @click.option("--input", "single", metavar="TEXT|FILE", help="One input: a text, or an image or audio file.")
 @click.option("--trust-remote-code", "remote_code", metavar="REPO@COMMIT")
-def predict(run_folder: str, rows: str | None, single: str | None, remote_code: str | None) -> None:
+def predict(
+    run_folder: str, rows: str | None, root: str | None, single: str | None, remote_code: str | None
+) -> None:
     """Predictions of a run's best model, as JSON lines in the order of the rows."""
     if (rows is None) == (single is None):
         raise ConfigError("give either --data PATH or --input X")
     from fasttune.inference import load
 
     model = load(run_folder, remote_code=remote_code)
-    for prediction in model.predict(rows if rows is not None else [{model.task.columns[0].role: single}]):
+    given = rows if rows is not None else [{model.task.columns[0].role: single}]
+    for prediction in model.predict(given, root=root):
         click.echo(json.dumps(prediction, ensure_ascii=False))
 
 

@@ -34,6 +34,9 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+SHARE_HELD_OUT = 0.1
+
+
 def _share_or_path(value: float | str) -> float | str:
     if isinstance(value, float) and not 0 < value < 1:
         raise ValueError(f"expected a path, or a share of train between 0 and 1, found {value:g}")
@@ -131,10 +134,13 @@ class Schedule(Section):
 
 class Data(Section):
     train: str
-    """csv, tsv, json, jsonl, parquet or arrow file, a folder of images or audio, or a hub id (`id`, `id:split`,
-    `id:config:split`)."""
-    valid: Annotated[float | str, AfterValidator(_share_or_path)] = 0.1
-    """A path as for train, or the share held out of train."""
+    """csv, tsv, json, jsonl, parquet or arrow file, a folder of images or audio, a layout that the task knows
+    (`path`, `path:split`), or a hub id (`id`, `id:split`, `id:config:split`)."""
+    valid: Annotated[float | str, AfterValidator(_share_or_path)] | None = None
+    """A path as for train, or the share held out of train. Default: the validation split beside train, where train
+    is one split of a layout that the task knows; else 0.1."""
+    root: str | None = None
+    """The folder that paths of images and audio are relative to, and must stay in. Default: the table's own."""
     columns: dict[str, str] = {}
     """Column of the data by role of the task, where names differ from the roles and their aliases; "a.b" is the
     field b of a column of mappings."""

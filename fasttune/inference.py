@@ -34,18 +34,23 @@ class Model:
         self.task, self.bundle, self.config = task, bundle, config
         self.labels: list[str] = config.provenance["labels"]
 
-    def predict(self, rows: str | Path | Iterable[Mapping[str, Any]]) -> list[Any]:
+    def predict(
+        self, rows: str | Path | Iterable[Mapping[str, Any]], *, root: str | Path | None = None
+    ) -> list[Any]:
         """Predictions in the order of the rows. rows: a path or hub id, or mappings with the task's columns.
+        root: the folder that paths of images and audio are relative to; None: the table's own.
 
         Raises BadRows with every row that can't be used.
         """
-        encoded = self._encode(rows, labels=None)
+        encoded = self._encode(rows, root, labels=None)
         loader = Loader(encoded, self.bundle.padding)
         return [prediction for _, prediction in predict(self.task, self.bundle, loader, self._batch)]
 
-    def evaluate(self, rows: str | Path | Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    def evaluate(
+        self, rows: str | Path | Iterable[Mapping[str, Any]], *, root: str | Path | None = None
+    ) -> dict[str, Any]:
         """Metrics on labelled rows; takes what `predict` takes."""
-        return self.score(self._encode(rows, labels=self.labels))
+        return self.score(self._encode(rows, root, labels=self.labels))
 
     def score(self, encoded: Encoded, max_rows: int | None = None) -> dict[str, Any]:
         """Metrics on rows that are encoded already; on at most that many of them."""
@@ -80,13 +85,16 @@ class Model:
     def _batch(self) -> int:
         return self.config.eval.batch or 2 * self.config.train.batch
 
-    def _encode(self, rows: str | Path | Iterable[Mapping[str, Any]], labels: list[str] | None) -> Encoded:
+    def _encode(
+        self, rows: str | Path | Iterable[Mapping[str, Any]], root: str | Path | None, labels: list[str] | None
+    ) -> Encoded:
         limits = Limits(self.config.data.max_pixels, self.config.data.max_audio_seconds)
         named = dict(self.config.data.columns)
         if isinstance(rows, (str, Path)):
-            table = read(str(rows), media_kind(self.task.columns), "test", self.task.rows_of)
+            folder = None if root is None else str(root)
+            table = read(str(rows), media_kind(self.task.columns), "test", self.task.open, folder)
         else:
-            table = Table("rows", MixedRows(dict(row) for row in rows))
+            table = Table("rows", MixedRows(dict(row) for row in rows), None if root is None else Path(root))
         # Rows made by hand name the roles, whatever the training data called its columns.
         named = {role: name for role, name in named.items() if name in table.columns or role not in table.columns}
         return prepare_rows(self.task, self.bundle, table, named, limits, labels)

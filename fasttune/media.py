@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -53,8 +54,8 @@ def locate(value: Any, column: str, root: Path | None) -> Path | io.BytesIO:
         raise DataError(column, f"expected a path, found {value!r}")
     path = Path(value) if root is None else root / value
     if root is not None and not path.resolve().is_relative_to(root.resolve()):
-        raise DataError(column, f"the path {str(value)!r} leads out of {root}")
-    if not path.is_file():
+        raise DataError(column, f"the path {str(value)!r} leads out of {root} (data.root names another folder)")
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         raise DataError(column, f"no file {str(value)!r}" + (f" in {root}" if root else ""))
     if path.stat().st_size == 0:
         raise DataError(column, f"the file {str(value)!r} is empty")

@@ -13,7 +13,7 @@ import torch
 
 from fasttune import task as tasks
 from fasttune.adapt import DTYPES, Adapted, adapt
-from fasttune.config import RunConfig, validate_options
+from fasttune.config import SHARE_HELD_OUT, RunConfig, validate_options
 from fasttune.data import Checked, Encoded, check, hold_out, label_role, settle, sort_classes
 from fasttune.errors import BadRow, BadRows, DataError
 from fasttune.media import Limits
@@ -28,7 +28,8 @@ UNITS = {"image": "pixels", "audio": "samples", None: "tokens"}
 
 @dataclass
 class Prepared:
-    """A run that is ready for its first step. skipped: bad rows that data.on_error let be left out."""
+    """A run that is ready for its first step. valid_from: as in `Tables`. skipped: bad rows that data.on_error let
+    be left out."""
 
     plugin: Plugin
     task: Task
@@ -38,6 +39,7 @@ class Prepared:
     train: Encoded
     valid: Encoded
     fingerprint: dict[str, str]
+    valid_from: float | str
     skipped: list[BadRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -93,7 +95,8 @@ def adapt_bundle(config: RunConfig, bundle: Bundle, device: torch.device) -> Ada
 
 @dataclass
 class Tables:
-    """Rows of train and valid after the first look, before any model is loaded."""
+    """Rows of train and valid after the first look, before any model is loaded. valid_from: what data.valid says,
+    or stands for if it says nothing."""
 
     train: Rows
     valid: Rows
@@ -102,6 +105,7 @@ class Tables:
     classes: Counter[str]
     counted: Counter[str]
     fingerprint: dict[str, str]
+    valid_from: float | str
     notes: list[str]
 
 
@@ -117,20 +121,23 @@ def open_tables(config: RunConfig, task: Task, progress: Progress, signals: Sign
 
     limits = Limits(config.data.max_pixels, config.data.max_audio_seconds)
     media = media_kind(task.columns)
-    valid_table = config.data.valid if isinstance(config.data.valid, str) else None
-    named = config.data.columns
-    rows = open_rows(read(config.data.train, media, rows_of=task.rows_of), task.columns, named, limits)
-    other = None
-    if valid_table is not None:
-        other = open_rows(read(valid_table, media, "validation", task.rows_of), task.columns, named, limits)
-    for table in (rows, other):
-        if table is not None:
-            _check_columns(task, table)
+
+    def open_split(spec: str, split: str) -> Rows:
+        table = read(spec, media, split, task.open, config.data.root)
+        opened = open_rows(table, task.columns, config.data.columns, limits)
+        _check_columns(task, opened)
+        return opened
+
+    rows = open_split(config.data.train, "train")
+    valid = rows.table.valid or SHARE_HELD_OUT if config.data.valid is None else config.data.valid
+    other = open_split(valid, "validation") if isinstance(valid, str) else None
     first = look(rows)
     notes = ["columns: " + ", ".join(f"{role} <- {name}" for role, name in rows.mapping.items())]
+    for table in (rows.table, *([other.table] if other else [])):
+        notes += [f"{table.name}: {note}" for note in table.notes]
     if other is None:
         try:
-            train_at, valid_at = hold_out(first, float(config.data.valid))
+            train_at, valid_at = hold_out(first, float(valid))
         except DataError:  # too few rows are left, perhaps since most are bad
             settle(first.bad, len(rows), "stop", 0.0)
             raise
@@ -145,6 +152,7 @@ def open_tables(config: RunConfig, task: Task, progress: Progress, signals: Sign
             classes,
             first.counted,
             fingerprint,
+            valid,
             notes,
         )
     second = look(other, set(first.classes) if label_role(task.columns) else None)
@@ -162,6 +170,7 @@ def open_tables(config: RunConfig, task: Task, progress: Progress, signals: Sign
         first.classes,
         first.counted,
         {"train": first.fingerprint, "valid": second.fingerprint},
+        valid,
         notes,
     )
 
@@ -208,7 +217,17 @@ def prepare(config: RunConfig, progress: Progress, signals: Signals, remote_code
             raise DataError(None, f"data.{name}: no usable row is left")
     notes = [*tables.notes, *bundle.notes, _truncation(train, valid)]
     return Prepared(
-        plugin, task, list(classes), tables.classes, bundle, train, valid, tables.fingerprint, bad, notes
+        plugin,
+        task,
+        list(classes),
+        tables.classes,
+        bundle,
+        train,
+        valid,
+        tables.fingerprint,
+        tables.valid_from,
+        bad,
+        notes,
     )
 
 

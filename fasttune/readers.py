@@ -11,12 +11,13 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fasttune.errors import DataError
 from fasttune.media import MEDIA_SUFFIXES
+from fasttune.task import SPLITS, Opened, Place, named_splits
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,13 +31,15 @@ _FORMATS = {
     ".arrow": "arrow",
     ".feather": "arrow",
 }
-_SPLITS = frozenset({"train", "training", "valid", "validation", "val", "dev", "test", "eval"})
+_SPLITS = frozenset({"eval", *(name for names in SPLITS.values() for name in names)})
+_NAMED_SPLIT = re.compile(r"(?P<path>.+):(?P<split>[\w.-]+)")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+){0,2}")
+_SAVED = ("dataset_dict.json", "state.json")  # what `datasets` leaves in its folders
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _MAX_FIELD_CHARACTERS = 2**31 - 1  # csv's own default of 131,072 is less than one long document
 
 
-RowsOf = Callable[[dict[str, Any]], list[dict[str, Any]] | None]  # `Task.rows_of`
+Opener = Callable[[Place], Opened | None]  # `Task.open`
 
 
 class MixedRows(list[dict[str, Any]]):
@@ -54,12 +57,16 @@ class Table:
 
     name: what messages call it. root: the folder that media paths are relative to and must stay in, or None.
     text_only: every value is text (csv, tsv), so that types are a matter of reading.
+    valid: where this is the train split of several, the spec of the validation split beside it. notes: what the
+    user should know.
     """
 
     name: str
     dataset: Dataset | MixedRows
     root: Path | None = None
     text_only: bool = False
+    valid: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def columns(self) -> list[str]:
@@ -70,25 +77,77 @@ def read(
     spec: str,
     media: Literal["image", "audio"] | None = None,
     split: str = "train",
-    rows_of: RowsOf | None = None,
+    opener: Opener | None = None,
+    root: str | None = None,
 ) -> Table:
-    """Opens a table: a file, a folder of images or audio, a folder that `datasets` saved, or a hub id.
+    """Opens a table: a file, a folder of images or audio, a folder that `datasets` saved, a layout that the task
+    knows, or a hub id.
 
-    media: what the task reads from files, if anything. split: of a hub id that names none. rows_of: makes the rows
-    of a JSON file that is one nested object. Raises DataError.
+    media: what the task reads from files, if anything. split: the part to take, where the data have several and
+    the spec names none (`PATH:SPLIT`, `id:split`). opener: `Task.open`. root: the folder that paths of media are
+    relative to; None: the table's own. Raises DataError.
     """
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        table = _read_folder(path, spec, media)
-    elif path.is_file():
-        table = _read_document(path, spec, rows_of) or _read_file(path, spec)
-    elif path.suffix.lower() in {*_DELIMITERS, *_FORMATS} or not _HUB_ID.fullmatch(spec):
-        raise DataError(None, f"{spec}: no such file or folder")
-    else:
+    folder = None if root is None else Path(root).expanduser()
+    if folder and not folder.is_dir():
+        raise DataError(None, f"data.root: no such folder: {root}")
+    name, named = _split_named(spec)
+    path = Path(name).expanduser()
+    is_local = path.is_dir() or path.is_file()
+    opened = _read_layout(Place(path, named or split, root=folder), name, opener) if is_local else None
+    if opened:
+        table = _table_of(opened, path, name)
+    elif not is_local:
+        if path.suffix.lower() in {*_DELIMITERS, *_FORMATS} or not _HUB_ID.fullmatch(spec):
+            raise DataError(None, f"{spec}: no such file or folder")
         table = _read_hub(spec, split)
+    elif path.is_dir():
+        table = _read_folder(path, name, media)
+    else:
+        table = _read_file(path, name)
+    if named and table.name == name:
+        raise DataError(None, f"{spec}: {name} has no splits to name; leave ':{named}' out")
     if len(table.dataset) == 0:
         raise DataError(None, f"{spec}: has no rows")
-    return table
+    return table if folder is None or opened else replace(table, root=folder)
+
+
+def _split_named(spec: str) -> tuple[str, str | None]:
+    """(path, split) of `PATH:SPLIT`; (spec, None) where a file bears that very name, or none is there at all."""
+    parts = _NAMED_SPLIT.fullmatch(spec)
+    if parts and not Path(spec).expanduser().exists() and Path(parts["path"]).expanduser().exists():
+        return parts["path"], parts["split"]
+    return spec, None
+
+
+def _read_layout(place: Place, name: str, opener: Opener | None) -> Opened | None:
+    """What the task makes of a place that is no table and has none with it; None if it doesn't know the layout."""
+    path = place.path
+    if opener is None or (path.is_dir() and any((path / file).is_file() for file in (*_SAVED, *_METADATA))):
+        return None
+    if path.is_file():
+        document = _read_document(path, name)
+        if document is None and path.suffix.lower() in {*_DELIMITERS, *_FORMATS}:
+            return None
+        place = replace(place, document=document)
+    try:
+        return opener(place)
+    except DataError as error:
+        raise DataError(None, f"{name}: {error}") from error
+    except OSError as error:
+        raise DataError(None, f"{name}: can't be read: {error}") from error
+
+
+def _table_of(opened: Opened, path: Path, name: str) -> Table:
+    """valid: no other split than the one for validation, beside the one for training."""
+    beside = named_splits("validation", opened.splits)
+    is_train = opened.split is not None and opened.split in named_splits("train", opened.splits)
+    return Table(
+        f"{name}:{opened.split}" if opened.split else name,
+        MixedRows(opened.rows),
+        opened.root or (path if path.is_dir() else path.resolve().parent),
+        valid=f"{name}:{beside[0]}" if is_train and len(beside) == 1 else None,
+        notes=opened.notes,
+    )
 
 
 def _read_file(path: Path, name: str) -> Table:
@@ -113,9 +172,9 @@ def _read_file(path: Path, name: str) -> Table:
     return Table(name, _load(_FORMATS[suffix], name, **_file(path)), root)
 
 
-def _read_document(path: Path, name: str, rows_of: RowsOf | None) -> Table | None:
-    """The rows of a .json file that is one object of a layout known to the task; None for any other file."""
-    if rows_of is None or path.suffix.lower() != ".json":
+def _read_document(path: Path, name: str) -> dict[str, Any] | None:
+    """What a .json file holds that is one object, not a row a line; None for any other file."""
+    if path.suffix.lower() != ".json":
         return None
     with path.open("rb") as file:
         first = file.readline().removeprefix(b"\xef\xbb\xbf").strip()
@@ -124,18 +183,15 @@ def _read_document(path: Path, name: str, rows_of: RowsOf | None) -> Table | Non
         return None
     _check_utf8(path, name)
     try:
-        document = json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         if second[:1] in (b"", b"{"):  # JSON lines: the broken ones are named all at once
             return None
         raise DataError(
             None, f"{name}, line {error.lineno}: broken JSON: {error.msg} at column {error.colno}"
         ) from error
-    try:
-        rows = rows_of(document)
-    except DataError as error:
-        raise DataError(None, f"{name}: {error}") from error
-    return None if rows is None else Table(name, MixedRows(rows), path.resolve().parent)
+    except RecursionError as error:
+        raise DataError(None, f"{name}: nested too deeply to be read") from error
 
 
 def _file(path: Path) -> dict[str, str]:

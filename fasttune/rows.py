@@ -81,7 +81,8 @@ def _by_role(columns: Sequence[Column], role: str) -> Column:
 
 
 def _columns_of(table: Table) -> str:
-    return f"Columns: {', '.join(table.columns)}."
+    notes = f" ({'; '.join(table.notes)})" if table.notes else ""
+    return f"Columns: {', '.join(table.columns)}.{notes}"
 
 
 def _label_name(value: Any) -> str:
@@ -189,6 +190,8 @@ class Rows:
             if column.role not in self.mapping:
                 continue
             value = value_of(raw, self.mapping[column.role])
+            if isinstance(value, DataError):  # the layout's reader found it
+                raise DataError(value.column or column.role, value.why)
             if value is None and not column.required:
                 continue
             if column.kind in _MEDIA:
@@ -236,6 +239,8 @@ class Rows:
     def _decoder(self, role: str) -> Callable[[Any], Any]:
         column = _by_role(self.columns, role)
         read = _READ.get(column.kind, lambda value: value)
+        if column.kind == "json":
+            return _naming(_feature(self.table, self.mapping[role])) or read
         if column.kind in ("label", "labels"):
             names = _class_names(self.table, self.mapping[role])
             if names:
@@ -267,6 +272,30 @@ def open_rows(
                 dataset = dataset.cast_column(mapping[column.role], type(feature)(decode=False))
     table = replace(table, dataset=dataset)
     return Rows(table, tuple(columns), mapping, np.arange(len(dataset)), limits)
+
+
+def _feature(table: Table, name: str) -> Any:
+    """The type that `datasets` knows for a column, or for a field inside one; None if it knows none."""
+    held = getattr(table.dataset, "features", {})
+    while isinstance(held, Mapping) and name not in held and "." in name:
+        outer, _, name = name.partition(".")
+        held = held.get(outer)
+    return held.get(name) if isinstance(held, Mapping) else None
+
+
+def _naming(feature: Any) -> Callable[[Any], Any] | None:
+    """What puts names in the place of class ids, at any depth of a value of this type; None if it holds none."""
+    if names := getattr(feature, "names", None):
+        return lambda value: _named(value, names)
+    if isinstance(feature, Mapping):
+        found = {key: naming for key, inner in feature.items() if (naming := _naming(inner))}
+        if not found:
+            return None
+        return lambda value: (
+            value and {key: found[key](held) if key in found else held for key, held in value.items()}
+        )
+    inner = _naming(feature.feature) if hasattr(feature, "feature") else None
+    return inner and (lambda value: value and [inner(item) for item in value])
 
 
 def _class_names(table: Table, name: str) -> list[str] | None:

@@ -105,7 +105,8 @@ def _written_out(config: RunConfig, prepared: Prepared) -> RunConfig:
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
     }
     options = prepared.task.options.model_dump(mode="json")
-    return config.model_copy(update={"options": options, "provenance": provenance})
+    data = config.data.model_copy(update={"valid": prepared.valid_from})
+    return config.model_copy(update={"options": options, "data": data, "provenance": provenance})
 
 
 @dataclass

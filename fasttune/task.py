@@ -11,14 +11,15 @@ A task says what a row means, what the loss is, and what a prediction looks like
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from fasttune.errors import PluginError, nearest
+from fasttune.errors import DataError, PluginError, nearest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,8 +37,15 @@ labels  list[str], any number of class names (multi label)
 number  float, finite
 image   PIL.Image.Image in RGB, EXIF rotation applied
 audio   fasttune.media.Audio: float32 mono samples [frames] and their rate in Hz
-json    any JSON value, as it stands in the file
+json    any JSON value, as it stands in the file; class ids that the file's own features name become those names
 """
+
+SPLITS: Mapping[str, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "validation": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+"""What the parts of a set of data are called."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +128,57 @@ class Loss:
     total: Tensor
     count: Tensor | float
     parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+def named_splits(role: str, held: Iterable[str]) -> list[str]:
+    """Those of the names that mean train, validation or test, a year at their end aside: "val2017"."""
+    return [name for name in held if name.casefold().rstrip("0123456789") in SPLITS[role]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where rows are to come from, for `Task.open`.
+
+    path: a folder, or a file that is no table. document: what a JSON file holds that is one object, else None.
+    split: the part that is wanted: a key of SPLITS, or a name that the user gave (`PATH:NAME`).
+    root: the folder that paths of images and audio are relative to, if the user names one.
+    """
+
+    path: Path
+    split: str = "train"
+    document: dict[str, Any] | None = None
+    root: Path | None = None
+
+    def choose(self, splits: Sequence[str]) -> str:
+        """The one of these splits that is wanted. Raises DataError with all of them if none is, or several are:
+        another is never taken."""
+        if self.split in splits:
+            return self.split
+        found = named_splits(self.split, splits) if self.split in SPLITS else []
+        if len(found) == 1:
+            return found[0]
+        listed = ", ".join(f"{self.path}:{name}" for name in splits) or "there is none"
+        if found:
+            raise DataError(None, f"several splits are for {self.split}. Name one: {listed}")
+        raise DataError(None, f"no split {self.split!r}.{nearest(self.split, splits)} Name one: {listed}")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Rows as they stand in a place, by columns of the task's choosing.
+
+    rows: in order. Where a value is a DataError, the row is bad: it is raised, with file and row, when the column
+        is read, and only then (rows to predict may lack what supervises).
+    root: the folder that paths of images and audio are relative to and must stay in; None: the place's own.
+    split, splits: which part this is, and all that the place holds; None and empty where it has no parts.
+    notes: what the user should know of how the rows were read.
+    """
+
+    rows: list[dict[str, Any]]
+    root: Path | None = None
+    split: str | None = None
+    splits: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -252,9 +311,15 @@ class Task:
         """Raises DataError(None, why) if the roles that the data have a column for can't make a row together."""
 
     @classmethod
-    def rows_of(cls, document: dict[str, Any]) -> list[dict[str, Any]] | None:
-        """The rows, in order, of a JSON file that is one nested object, such as SQuAD's; None if the layout is not
-        known to this task. Raises DataError(None, why) if it is known and broken."""
+    def open(cls, place: Place) -> Opened | None:
+        """The rows of data that are no table: a nested JSON document such as SQuAD's, a folder of images beside
+        their boxes or masks. None if this task doesn't know the layout: the host then goes on by itself (tables
+        beside media files, a folder a class). Called for folders and for files that are no table.
+
+        A path that the data name must not lead out of `Opened.root`: images and audio are checked by the host,
+        whatever else is read, here. Raises DataError(None, why) for a layout that is known and broken as a whole;
+        a fault of one row is a DataError in its place.
+        """
         return None
 
     def count(self, row: Mapping[str, Any]) -> Iterable[str]:

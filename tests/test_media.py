@@ -158,6 +158,12 @@ def test_paths_stay_inside_the_folder(tmp_path: Path, value: str) -> None:
     assert f"the path {value!r} leads out of" in refused_image(value, inside)
 
 
+@pytest.mark.parametrize("value", ["n" * 5000, "no/such/folder.png", "in.png/other.png"])
+def test_names_of_no_file(tmp_path: Path, value: str) -> None:
+    Image.new("RGB", (2, 2)).save(tmp_path / "in.png")
+    assert f"no file {value!r}" in refused_image(value, tmp_path)
+
+
 def test_absolute_paths_stay_inside_too(tmp_path: Path) -> None:
     (tmp_path / "inside").mkdir()
     Image.new("RGB", (2, 2)).save(tmp_path / "out.png")

@@ -12,6 +12,7 @@ import pytest
 
 from fasttune.errors import DataError
 from fasttune.readers import Table, read
+from fasttune.task import Opened, Place
 
 ROWS: list[dict[str, Any]] = [
     {"text": "plain", "label": "a"},
@@ -266,13 +267,14 @@ def test_hub_ids_name_their_split(
     assert asked == [(identifier, config, split)]
 
 
-def rows_of_shelves(document: dict[str, Any]) -> list[dict[str, Any]] | None:
+def open_shelves(place: Place) -> Opened | None:
     """A nested layout as a task may know it."""
-    if "shelves" not in document:
+    if place.document is None or "shelves" not in place.document:
         return None
-    if not isinstance(document["shelves"], list):
+    shelves = place.document["shelves"]
+    if not isinstance(shelves, list):
         raise DataError(None, "shelves: expected a list")
-    return [{"text": book, "label": shelf["label"]} for shelf in document["shelves"] for book in shelf["books"]]
+    return Opened([{"text": book, "label": shelf["label"]} for shelf in shelves for book in shelf["books"]])
 
 
 SHELVES = {"version": 1, "shelves": [{"label": "a", "books": ["x", 2]}, {"label": "b", "books": ["y"]}]}
@@ -283,7 +285,7 @@ SHELVES = {"version": 1, "shelves": [{"label": "a", "books": ["x", 2]}, {"label"
 def test_a_nested_document_becomes_rows(tmp_path: Path, indent: int | None, mark: str) -> None:
     path = tmp_path / "nested.json"
     path.write_text(mark + json.dumps(SHELVES, indent=indent), encoding="utf-8")
-    table = read(str(path), rows_of=rows_of_shelves)
+    table = read(str(path), opener=open_shelves)
     assert list(table.dataset) == [
         {"text": "x", "label": "a"},
         {"text": 2, "label": "a"},
@@ -297,21 +299,136 @@ def test_other_json_files_are_read_as_ever(tmp_path: Path) -> None:
     for number, text in enumerate((lines, json.dumps(ROWS), json.dumps(ROWS, indent=1), json.dumps(ROWS[0]))):
         path = tmp_path / f"{number}.json"
         path.write_text(text, encoding="utf-8")
-        found = list(read(str(path), rows_of=rows_of_shelves).dataset)
+        found = list(read(str(path), opener=open_shelves).dataset)
         assert found == (ROWS[:1] if number == 3 else ROWS)
     path.write_text('{"text": "cut", "la\n{"text": "whole", "label": "a"}\n{"text"\n')
     with pytest.raises(DataError, match=r"line 1: broken JSON[\s\S]*line 3: broken JSON"):
-        read(str(path), rows_of=rows_of_shelves)
+        read(str(path), opener=open_shelves)
 
 
 def test_faults_of_a_nested_document_are_named_once(tmp_path: Path) -> None:
     path = tmp_path / "nested.json"
     path.write_text(json.dumps(SHELVES, indent=1)[:-30])
     with pytest.raises(DataError, match=r"nested\.json, line \d+: broken JSON: .* at column \d+$"):
-        read(str(path), rows_of=rows_of_shelves)
+        read(str(path), opener=open_shelves)
     path.write_text(json.dumps({"shelves": 3}))
     with pytest.raises(DataError, match=r"nested\.json: shelves: expected a list"):
-        read(str(path), rows_of=rows_of_shelves)
+        read(str(path), opener=open_shelves)
     path.write_text(json.dumps({"shelves": []}))
     with pytest.raises(DataError, match="has no rows"):
-        read(str(path), rows_of=rows_of_shelves)
+        read(str(path), opener=open_shelves)
+
+
+def test_json_that_is_nested_without_end(tmp_path: Path) -> None:
+    path = tmp_path / "nested.json"
+    path.write_text('{"shelves": ' + "[" * 100_000)
+    with pytest.raises(DataError, match=r"nested\.json: nested too deeply"):
+        read(str(path), opener=open_shelves)
+
+
+def open_pages(place: Place) -> Opened | None:
+    """A folder a split, with pages of text and a file of marks beside them, as a task may know it."""
+    if not (place.path / "marks").is_dir():
+        return None
+    splits = sorted(file.stem for file in (place.path / "marks").iterdir())
+    split = place.choose(splits)
+    marks = (place.path / "marks" / f"{split}.txt").read_text().split()
+    rows = [
+        {"image": f"pages/{number}.png", "label": DataError(None, "no mark") if mark == "-" else mark}
+        for number, mark in enumerate(marks)
+    ]
+    return Opened(rows, place.root, split, tuple(splits), notes=(f"{len(marks)} marks",))
+
+
+@pytest.fixture
+def pages(tmp_path: Path) -> Callable[..., str]:
+    def write(**splits: str) -> str:
+        for name, marks in splits.items():
+            path = tmp_path / "book" / "marks" / f"{name}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(marks)
+        return str(tmp_path / "book")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("split", "named", "taken"),
+    [
+        ("train", "", "train"),
+        ("validation", "", "val2017"),
+        ("train", ":val2017", "val2017"),
+        ("validation", ":train", "train"),
+        ("train", ":validation", "val2017"),
+        ("test", ":extra-0.1", "extra-0.1"),
+    ],
+)
+def test_a_split_is_what_was_named(pages: Any, split: str, named: str, taken: str) -> None:
+    book = pages(train="a b", val2017="c", **{"extra-0.1": "d"})
+    table = read(book + named, "image", split, open_pages)
+    assert table.name == f"{book}:{taken}"
+    assert [row["label"] for row in table.dataset] == {"train": ["a", "b"], "val2017": ["c"]}.get(taken, ["d"])
+    assert table.valid == (f"{book}:val2017" if taken == "train" else None)
+    assert table.root == Path(book)
+
+
+@pytest.mark.parametrize(
+    ("splits", "wanted", "say"),
+    [
+        (("train", "val"), "test", r"no split 'test'\. Name one: .*book:train, .*book:val"),
+        (("train", "val"), "vall", r"no split 'vall'\. Did you mean 'val'\?"),
+        (
+            ("train", "val2014", "val2017"),
+            "validation",
+            r"several splits are for validation\. Name one: .*val2014",
+        ),
+        (("trainval", "test"), "train", r"no split 'train'"),
+    ],
+)
+def test_another_split_is_never_taken(pages: Any, splits: tuple[str, ...], wanted: str, say: str) -> None:
+    book = pages(**dict.fromkeys(splits, "a"))
+    with pytest.raises(DataError, match=say):
+        read(book, "image", wanted, open_pages)
+
+
+def test_no_split_for_validation_where_train_was_not_taken_by_its_name(pages: Any) -> None:
+    """trainval holds val."""
+    book = pages(trainval="a b", val="b")
+    assert read(f"{book}:trainval", "image", "train", open_pages).valid is None
+
+
+def test_a_split_named_where_there_is_none(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text\na\n")
+    for spec, media in ((f"{tmp_path}/rows.csv:train", None), (f"{folder}:train", "image")):
+        with pytest.raises(DataError, match=r"has no splits to name; leave ':train' out"):
+            read(spec, media, opener=open_pages)  # type: ignore[arg-type]
+    (tmp_path / "odd:name").write_text("text\na\n")
+    with pytest.raises(DataError, match="format 'without a suffix' is not known"):
+        read(f"{tmp_path}/odd:name")
+
+
+def test_what_the_task_does_not_know_is_read_as_ever(folder: Path) -> None:
+    assert pairs(read(str(folder), "image", opener=open_pages)) == pairs(read(str(folder), "image"))
+    (folder / "metadata.csv").write_text("file_name,label\ncat/1.png,x\n")
+    (folder / "marks").mkdir()
+    assert list(read(str(folder), "image", opener=open_pages).dataset) == [
+        {"file_name": "cat/1.png", "label": "x"}
+    ]
+
+
+def test_files_that_a_task_can_not_read_are_a_matter_of_the_data(pages: Any) -> None:
+    book = pages(train="a")
+    (Path(book) / "marks" / "train.txt").unlink()
+    (Path(book) / "marks" / "train.txt").mkdir()
+    with pytest.raises(DataError, match=r"book: can't be read: .*train\.txt"):
+        read(book, "image", opener=open_pages)
+
+
+def test_a_root_that_the_user_names(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "tables").mkdir()
+    table = tmp_path / "tables" / "rows.csv"
+    table.write_text("file_name,label\ncat/1.png,x\n")
+    assert read(str(table)).root == table.parent
+    assert read(str(table), root=str(folder)).root == folder
+    with pytest.raises(DataError, match=r"data\.root: no such folder: .*nowhere"):
+        read(str(table), root=str(tmp_path / "nowhere"))

@@ -176,6 +176,77 @@ def test_class_names_of_a_saved_dataset(tmp_path: Path) -> None:
     assert [opened.read(i)["labels"] for i in (0, 1)] == [["no", "yes"], []]
 
 
+@pytest.mark.parametrize("name", ["saved", "rows.parquet"])
+def test_class_names_inside_a_json_column(tmp_path: Path, name: str) -> None:
+    """Objects of an image, as a mapping of lists, as hub sets hold them, and as a list of mappings."""
+    from datasets import ClassLabel, Dataset, Features, List, Value
+
+    kinds = ClassLabel(names=["cat", "dog"])
+    features = Features(
+        {
+            "text": Value("string"),
+            "objects": {"bbox": List(List(Value("float32"))), "category": List(kinds)},
+            "parts": List({"id": Value("int64"), "kind": kinds}),
+        }
+    )
+    rows = [
+        {
+            "text": "a",
+            "objects": {"bbox": [[1.0, 2.0, 3.0, 4.0]] * 2, "category": [1, None]},
+            "parts": [{"id": 1, "kind": 0}],
+        },
+        {"text": "b", "objects": {"bbox": [], "category": []}, "parts": None},
+    ]
+    path = str(tmp_path / name)
+    dataset = Dataset.from_list(rows, features=features)
+    dataset.save_to_disk(path) if name == "saved" else dataset.to_parquet(path)
+    columns = (TEXT, Column("objects", "json"), Column("parts", "json", required=False))
+    opened = open_rows(read(path), columns, {}, Limits())
+    assert opened.read(0) == {
+        "text": "a",
+        "objects": {"bbox": [[1.0, 2.0, 3.0, 4.0]] * 2, "category": ["dog", None]},
+        "parts": [{"id": 1, "kind": "cat"}],
+    }
+    assert opened.read(1) == {"text": "b", "objects": {"bbox": [], "category": []}}
+    named = open_rows(read(path), columns[1:2], {"objects": "objects.category"}, Limits())
+    assert named.read(0) == {"objects": ["dog", None]}
+
+
+def test_class_numbers_outside_their_names_inside_a_json_column(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from datasets import ClassLabel, Dataset, Features, List
+
+    table = pa.table({"objects": [{"category": [0, 1]}, {"category": [2]}]})
+    dataset = Dataset(table).cast(Features({"objects": {"category": List(ClassLabel(names=["cat", "dog"]))}}))
+    dataset.save_to_disk(str(tmp_path / "saved"))
+    found = check(open_rows(read(str(tmp_path / "saved")), (Column("objects", "json"),), {}, Limits()))
+    assert [(bad.row, bad.column) for bad in found.bad] == [(2, "objects")]
+    assert "from 0 to 1, found 2" in found.bad[0].why
+
+
+def test_a_fault_that_the_reader_found_is_raised_where_its_column_is_read() -> None:
+    rows = (
+        {"text": "a", "label": "x"},
+        {"text": "b", "label": DataError(None, "line 3: expected a class")},
+        {"text": DataError("label", "a label of no page"), "label": DataError("label", "a label of no page")},
+    )
+    found = check(rows_of((TEXT, LABEL), *rows))
+    assert found.good.tolist() == [0]
+    assert [(bad.row, bad.column, bad.why) for bad in found.bad] == [
+        (2, "label", "line 3: expected a class"),
+        (3, "label", "a label of no page"),
+    ]
+    assert check(rows_of((TEXT,), *rows)).good.tolist() == [0, 1]
+    optional = Column("label", "label", required=False)
+    assert len(check(rows_of((TEXT, optional), *rows)).bad) == 2
+
+
+def test_an_image_that_the_reader_found_no_file_for() -> None:
+    column = Column("image", "image")
+    rows = rows_of((column,), {"image": DataError(None, "a.txt: no image bears this name")})
+    assert [bad.why for bad in check(rows).bad] == ["a.txt: no image bears this name"]
+
+
 def test_a_dotted_name_leads_into_a_column_of_mappings(tmp_path: Path) -> None:
     source, target = Column("source", "text"), Column("target", "text", target=True)
     pairs = [{"translation": {"en": "a tree", "de": "ein Baum"}}, {"translation": {"en": "a house", "de": None}}]

@@ -19,6 +19,7 @@ from fasttune.errors import DataError, TrainingError
 from fasttune.prepare import open_tables, open_task
 from fasttune.progress import Progress
 from fasttune.signals import Signals
+from fasttune.task import Column, Opened, Place, Task
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +233,72 @@ def test_a_warning_if_valid_repeats_rows_of_train(
     assert "48 rows of valid are in train too" in capfd.readouterr().err
 
 
+class Shelf(Task):
+    """A folder with a file of words a split: the toy of a layout that a task opens by itself."""
+
+    columns = (Column("text", "text"), Column("label", "label"))
+
+    @classmethod
+    def open(cls, place: Place) -> Opened | None:
+        splits = sorted(file.stem for file in place.path.glob("*.words"))
+        if not splits:
+            return None
+        split = place.choose(splits)
+        words = (place.path / f"{split}.words").read_text().split()
+        rows = [{"text": word, "label": DataError(None, "no class") if word == "?" else word[0]} for word in words]
+        return Opened(rows, None, split, tuple(splits), ("a class a first letter",))
+
+    def meter(self) -> Any:
+        raise NotImplementedError
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Any:
+    """shelf({"train": "words of it"}, **data) -> the tables of a run on it."""
+
+    def tables(words: dict[str, str], path: str = "", **data: Any) -> Any:
+        for split, text in words.items():
+            (tmp_path / f"{split}.words").write_text(text)
+        config = configs.build({"task": "shelf", "model": "none", "data": {"train": f"{tmp_path}{path}", **data}})
+        return open_tables(config, Shelf(), Progress(quiet=True), Signals())
+
+    return tables
+
+
+def texts_of(rows: Any) -> list[str]:
+    return [rows.read(i)["text"] for i in range(len(rows))]
+
+
+TWO = {"train": "apple ant bee bear", "val": "ape bat", "test": "axe box"}
+
+
+def test_the_validation_split_beside_train_is_the_default(shelf: Any, tmp_path: Path) -> None:
+    tables = shelf(TWO)
+    assert (texts_of(tables.train), texts_of(tables.valid)) == (["apple", "ant", "bee", "bear"], ["ape", "bat"])
+    assert tables.valid_from == f"{tmp_path}:val"
+    assert f"{tmp_path}:val: a class a first letter" in tables.notes
+    again = shelf({}, valid=tables.valid_from)
+    assert (texts_of(again.valid), again.fingerprint) == (["ape", "bat"], tables.fingerprint)
+
+
+def test_splits_and_shares_that_are_named_win(shelf: Any, tmp_path: Path) -> None:
+    assert texts_of(shelf(TWO, valid=f"{tmp_path}:test").valid) == ["axe", "box"]
+    assert texts_of(shelf({}, valid=str(tmp_path)).valid) == ["ape", "bat"]
+    assert len(shelf({}, valid=0.5).valid) == 2
+    other = shelf({"all": "apple ant bee bear ape bat cat cow crab dog"}, path=":all")
+    assert other.valid_from == configs.SHARE_HELD_OUT
+    assert len(other.valid) == 1
+
+
+def test_rows_that_a_layout_marks_as_bad(shelf: Any) -> None:
+    tables = shelf({"train": "apple ? bee", "val": "ape ?"})
+    assert [(bad.file.rpartition(":")[2], bad.row, bad.column, bad.why) for bad in tables.bad] == [
+        ("train", 2, "label", "no class"),
+        ("val", 2, "label", "no class"),
+    ]
+    assert texts_of(tables.train) == ["apple", "bee"]
+
+
 def test_multi_label(tiny_bert: Path, toy_rows: Any, write_jsonl: Any, tmp_path: Path) -> None:
     """Two texts in one, and the classes of both."""
     rows = toy_rows["train"] + toy_rows["valid"]
@@ -297,7 +364,7 @@ def test_regression(tiny_bert: Path, toy_rows: Any, write_jsonl: Any, tmp_path: 
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_images_from_class_folders(tiny_vit: Path, tmp_path: Path, workers: int) -> None:
+def test_images_from_class_folders(tiny_vit: Path, tmp_path: Path, invoke: Any, workers: int) -> None:
     from PIL import Image
 
     colours = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
@@ -327,6 +394,17 @@ def test_images_from_class_folders(tiny_vit: Path, tmp_path: Path, workers: int)
     theirs = pipeline("image-classification", str(tmp_path / "run" / "best"), top_k=None)(blue)
     scores = {entry["label"]: entry["score"] for entry in theirs}
     assert scores == pytest.approx(model.predict([{"image": blue}])[0]["scores"], abs=1e-4)
+
+    elsewhere = tmp_path / "tables" / "rows.csv"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text("file_name,label\nblue/0.png,blue\nred/1.png,red\n")
+    where = ("--data", str(elsewhere), "--root", str(tmp_path / "valid"))
+    shown = invoke("predict", str(tmp_path / "run"), *where)
+    assert [json.loads(line)["label"] for line in shown.stdout.splitlines()] == ["blue", "red"]
+    assert json.loads(invoke("evaluate", str(tmp_path / "run"), *where, "--json").stdout)["accuracy"] == 1.0
+    assert invoke("predict", str(tmp_path / "run"), *where[:2]).exit_code == 2
+    pixels = [model.predict([{"image": name}], root=tmp_path / "valid") for name in ("blue/0.png", blue)]
+    assert pixels[0] == pixels[1]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

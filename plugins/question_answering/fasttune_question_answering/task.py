@@ -7,7 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from fasttune.errors import DataError
-from fasttune.task import Bundle, Column, Demo, Loss, Meter, Metric, Sample, Source, Task, every_strategy
+from fasttune.task import (
+    Bundle,
+    Column,
+    Demo,
+    Loss,
+    Meter,
+    Metric,
+    Opened,
+    Place,
+    Sample,
+    Source,
+    Task,
+    every_strategy,
+)
 from fasttune_question_answering import layouts
 from fasttune_question_answering.answers import gold, named
 from fasttune_question_answering.options import QuestionAnsweringOptions
@@ -53,9 +66,10 @@ class QuestionAnswering(Task):
     metrics = (Metric("f1", "max", primary=True), Metric("exact_match", "max"))
 
     @classmethod
-    def rows_of(cls, document: dict[str, Any]) -> list[dict[str, Any]] | None:
+    def open(cls, place: Place) -> Opened | None:
         """SQuAD 1.1 and 2.0."""
-        return layouts.rows_of(document)
+        rows = None if place.document is None else layouts.rows_of(place.document)
+        return None if rows is None else Opened(rows)
 
     def count(self, row: Mapping[str, Any]) -> Iterable[str]:
         return () if gold(row) else (_COUNTED,)
