@@ -1,0 +1,1 @@
+"""Object detection and segmentation for fasttune."""
