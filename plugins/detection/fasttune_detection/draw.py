@@ -51,7 +51,7 @@ def draw(
         place = _place(area, pen.textbbox((0, 0), text), picture.size, taken)
         taken.append(place)
         pen.rectangle(place, fill=ink)
-        light = 0.299 * ink[0] + 0.587 * ink[1] + 0.114 * ink[2] > 140  # the colour's lightness, as the eye sees it
+        light = 0.299 * ink[0] + 0.587 * ink[1] + 0.114 * ink[2] > 140  # as the eye weighs red, green and blue
         pen.text((place[0] + 2, place[1] + 1), text, fill=(0, 0, 0) if light else (255, 255, 255))
     return picture
 
