@@ -6,6 +6,7 @@ import colorsys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 Colour = tuple[int, int, int]
@@ -62,6 +63,14 @@ def colour(index: int) -> Colour:
     saturation, value = ((0.9, 1.0), (0.65, 0.75), (0.45, 1.0))[index % 3]
     red, green, blue = colorsys.hsv_to_rgb(index * 0.381966 % 1, saturation, value)
     return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def as_image(values: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
+    """What a model sees, as a picture again. values: float32 [3, height, width]; mean, std: of each channel, as
+    the processor normalised values of 0 to 1 (0 and 1 where it did not)."""
+    factor, offset = (np.asarray(part, dtype=np.float32).reshape(3, 1, 1) for part in (std, mean))
+    shades = np.clip(255 * (values * factor + offset), 0, 255).round().astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(shades.transpose(1, 2, 0)))
 
 
 def sheet(images: Sequence[Image.Image]) -> Image.Image:

@@ -1,5 +1,7 @@
 """What is drawn into a picture is where its box says, whatever was done to both."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from fasttune_detection.augment import (
@@ -305,3 +307,11 @@ def test_options_do_not_change():
     with pytest.raises(ValidationError):
         AugmentOptions().flip = 1
     assert AugmentOptions.model_validate({"scale": [0.5, 2]}).scale == (0.5, 2)
+
+
+def test_options_are_documented_with_their_defaults():
+    texts = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.parent.glob("README*.md"))
+    for name, field in AugmentOptions.model_fields.items():
+        assert field.description
+        default = list(field.default) if isinstance(field.default, tuple) else field.default
+        assert f"| `{name}` | {default} |" in texts, name

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from fasttune_detection.draw import colour, draw, sheet
+from fasttune_detection.draw import as_image, colour, draw, sheet
 from PIL import Image
 
 PAPER = (200, 200, 200)
@@ -141,3 +141,12 @@ def test_a_sheet_of_unlike_and_large_images():
     assert (np.asarray(page)[8 : 8 + 240, 8 : 8 + 480] == PAPER).all()
     with pytest.raises(ValueError, match="an image"):
         sheet([])
+
+
+@pytest.mark.parametrize(("mean", "std"), [((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0, 0, 0), (1, 1, 1))])
+def test_what_the_model_sees_becomes_a_picture_again(mean, std):
+    shades = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    values = ((shades / 255 - mean) / std).transpose(2, 0, 1).astype(np.float32)
+    assert np.array_equal(np.asarray(as_image(values, mean, std)), shades)
+    beyond = as_image(np.full((3, 2, 2), 9, np.float32), mean, std)  # interpolation may overshoot
+    assert beyond.getextrema() == ((255, 255),) * 3
