@@ -1,9 +1,11 @@
-"""`fasttune check`: everything before the first step, shown; nothing is trained or written."""
+"""`fasttune check`: everything before the first step, shown; nothing is trained, and nothing written but a picture
+where the task draws its samples."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,9 @@ from fasttune.adapt import Adapted, native_precision
 from fasttune.batching import Batches, Loader, cut, plan_epoch, to_device
 from fasttune.config import RunConfig
 from fasttune.data import Encoded
-from fasttune.prepare import UNITS, adapt_bundle, prepare, width_of
+from fasttune.errors import ConfigError
+from fasttune.folder import write_image
+from fasttune.prepare import UNITS, adapt_bundle, open_task, prepare, width_of
 from fasttune.progress import Progress
 from fasttune.rows import media_kind
 from fasttune.signals import Signals
@@ -22,12 +26,18 @@ from fasttune.task import Task
 from fasttune.train import LossModule
 
 _SAMPLES_SHOWN = 3
+_SAMPLES_DRAWN = 8
 
 
-def check(config: RunConfig, remote_code: str | None = None) -> dict[str, Any]:
-    """What a run would do, by name. Raises what the run would raise before step 0, all bad rows included."""
+def check(config: RunConfig, remote_code: str | None = None, draw: str | None = None) -> dict[str, Any]:
+    """What a run would do, by name. Raises what the run would raise before step 0, all bad rows included.
+
+    draw: the PNG of the first samples, where the task draws them; None: beside the run folder.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = configs.resolve(config, precision=native_precision(device))
+    if draw is not None and type(open_task(config)[1]).sheet is Task.sheet:
+        raise ConfigError(f"--draw: {config.task} draws no samples")
     with Signals() as signals:
         prepared = prepare(config, Progress(quiet=True), signals, remote_code)
     fresh_head = prepared.bundle.head_is_new and not prepared.bundle.writes_text
@@ -48,7 +58,8 @@ def check(config: RunConfig, remote_code: str | None = None) -> dict[str, Any]:
         "bad rows left out": [str(row) for row in prepared.skipped],
         unit: f"{min(costs):,} to {max(costs):,} a sample, mean {np.mean(costs):,.1f}",
         "padding": f"{_padding(costs, config):.1%} in buckets of {config.train.batch}",
-        "samples": [_describe(prepared.train, i) for i in _first_samples(prepared.train.owner)],
+        "samples": [_describe(prepared.train, i) for i in _first_samples(prepared.train.owner, _SAMPLES_SHOWN)],
+        **_draw(prepared.train, draw, config.output),
         "steps": f"{steps:,} of {config.train.batch} rows, {batches.per_epoch:,} an epoch",
         "strategy": f"{config.strategy.kind}, {trained:,} parameters trained in {config.train.precision}",
         "learning rate": f"{config.train.lr:g}, head {config.train.head_lr:g}",
@@ -57,10 +68,20 @@ def check(config: RunConfig, remote_code: str | None = None) -> dict[str, Any]:
     }
 
 
-def _first_samples(owner: Sequence[int]) -> list[int]:
+def _first_samples(owner: Sequence[int], most: int) -> list[int]:
     """The first sample of each of the first rows: a row may have many."""
     firsts = (i for i, row in enumerate(owner) if i == 0 or row != owner[i - 1])
-    return list(islice(firsts, _SAMPLES_SHOWN))
+    return list(islice(firsts, most))
+
+
+def _draw(encoded: Encoded, file: str | None, output: str) -> dict[str, str]:
+    """Writes `Task.sheet` of the first samples, if the task has it."""
+    if type(encoded.task).sheet is Task.sheet:
+        return {}
+    samples = [encoded[i] for i in _first_samples(encoded.owner, _SAMPLES_DRAWN)]
+    path = Path(file or f"{output}-samples.png")
+    write_image(path, encoded.task.sheet(samples, encoded.bundle))
+    return {"picture": f"{path}: the first {len(samples)} samples"}
 
 
 def _padding(costs: list[int], config: RunConfig) -> float:

@@ -122,13 +122,16 @@ def _print_report(report: Any) -> None:
 @main.command()
 @_run_arguments
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
-def check(remote_code: str | None, as_json: bool, **arguments: Any) -> None:
+@click.option(
+    "--draw", metavar="FILE.png", help="Where a task with pictures draws its first samples; else beside --output."
+)
+def check(remote_code: str | None, as_json: bool, draw: str | None, **arguments: Any) -> None:
     """Read config, data and model, and train nothing: columns, samples, truncation, memory, bad rows."""
     config = _config(**arguments)
     from fasttune.check import check as check_run
 
     try:
-        found = check_run(config, remote_code)
+        found = check_run(config, remote_code, draw)
     except BadRows as error:  # here all of them are listed, not the first few
         click.echo(json.dumps([vars(row) for row in error.rows]) if as_json else "\n".join(map(str, error.rows)))
         raise
@@ -166,9 +169,15 @@ def evaluate(run_folder: str, rows: str, root: str | None, as_json: bool, remote
 @click.option("--data", "rows", metavar="PATH", help="Rows to predict.")
 @_ROOT
 @click.option("--input", "single", metavar="TEXT|FILE", help="One input: a text, or an image or audio file.")
+@click.option("--draw", metavar="DIR", help="Write a picture a row into this new folder, if the task draws any.")
 @click.option("--trust-remote-code", "remote_code", metavar="REPO@COMMIT")
 def predict(
-    run_folder: str, rows: str | None, root: str | None, single: str | None, remote_code: str | None
+    run_folder: str,
+    rows: str | None,
+    root: str | None,
+    single: str | None,
+    draw: str | None,
+    remote_code: str | None,
 ) -> None:
     """Predictions of a run's best model, as JSON lines in the order of the rows."""
     if (rows is None) == (single is None):
@@ -177,7 +186,7 @@ def predict(
 
     model = load(run_folder, remote_code=remote_code)
     given = rows if rows is not None else [{model.task.columns[0].role: single}]
-    for prediction in model.predict(given, root=root):
+    for prediction in model.predict(given, root=root, draw=draw):
         click.echo(json.dumps(prediction, ensure_ascii=False))
 
 

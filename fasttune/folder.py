@@ -9,10 +9,13 @@ import os
 import shutil
 import socket
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from fasttune.config import RunConfig, load
 from fasttune.errors import CheckpointError, OutputError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _LOCK = ".lock"
 
@@ -145,6 +148,17 @@ def write_text(path: Path, text: str) -> None:
         staged.replace(path)
     except OSError as error:
         raise OutputError(f"{path}: can't be written: {error.strerror}") from error
+
+
+def write_image(path: Path, image: Image.Image) -> None:
+    """Writes a PNG in one step, and the folders that it lies in."""
+    staged = path.with_name(f".staging-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(staged, format="PNG")
+        staged.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: can't be written: {error.strerror or error}") from error
 
 
 def _differences(before: Any, now: Any, path: str = "") -> list[str]:

@@ -14,10 +14,10 @@ from fasttune.batching import Loader
 from fasttune.checkpoint import Disk
 from fasttune.config import Lora, RunConfig
 from fasttune.data import Encoded
-from fasttune.errors import ConfigError, ModelError
+from fasttune.errors import ConfigError, ModelError, OutputError
 from fasttune.evaluate import evaluate, predict, spread
 from fasttune.export import load_adapter, model_card, save_model
-from fasttune.folder import RunFolder
+from fasttune.folder import RunFolder, write_image
 from fasttune.media import Limits
 from fasttune.prepare import build_bundle, open_task, prepare_rows, source_of
 from fasttune.readers import MixedRows, Table, read
@@ -35,16 +35,39 @@ class Model:
         self.labels: list[str] = config.provenance["labels"]
 
     def predict(
-        self, rows: str | Path | Iterable[Mapping[str, Any]], *, root: str | Path | None = None
+        self,
+        rows: str | Path | Iterable[Mapping[str, Any]],
+        *,
+        root: str | Path | None = None,
+        draw: str | Path | None = None,
     ) -> list[Any]:
         """Predictions in the order of the rows. rows: a path or hub id, or mappings with the task's columns.
         root: the folder that paths of images and audio are relative to; None: the table's own.
+        draw: a new or empty folder for a picture a row, 000001.png and so on, if the task draws any.
 
-        Raises BadRows with every row that can't be used.
+        Raises BadRows with every row that can't be used, ConfigError if the task draws nothing or the folder holds
+        something, and OutputError if it can't be written.
         """
+        folder = None if draw is None else self._folder_to_draw_in(Path(draw))
         encoded = self._encode(rows, root, labels=None)
         loader = Loader(encoded, self.bundle.padding)
-        return [prediction for _, prediction in predict(self.task, self.bundle, loader, self._batch)]
+        found = predict(self.task, self.bundle, loader, self._batch)
+        if folder is not None:
+            for position, prediction in found:
+                picture = self.task.draw(encoded.rows.read(position, media=True), prediction, self.bundle)
+                write_image(folder / f"{encoded.rows.number(position):06d}.png", picture)
+        return [prediction for _, prediction in found]
+
+    def _folder_to_draw_in(self, folder: Path) -> Path:
+        if type(self.task).draw is Task.draw:
+            raise ConfigError(f"--draw: {self.config.task} draws no pictures")
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise ConfigError(f"--draw {folder}: holds something already; name a new or an empty folder")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"--draw {folder}: can't be written: {error.strerror}") from error
+        return folder
 
     def evaluate(
         self, rows: str | Path | Iterable[Mapping[str, Any]], *, root: str | Path | None = None

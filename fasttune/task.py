@@ -23,6 +23,7 @@ from fasttune.errors import DataError, PluginError, nearest
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL import Image
     from torch import Tensor, nn
 
 GROUP = "fasttune.tasks.v1"
@@ -306,6 +307,16 @@ class Task:
         """A sample for `fasttune check`, as the loss sees it, with what is supervised marked; None: the host's
         own way."""
         return None
+
+    def sheet(self, samples: list[Sample], bundle: Bundle) -> Image.Image:
+        """The first samples of train on one picture, as the loss sees them, for `fasttune check`. Override it
+        where there is something to see."""
+        raise NotImplementedError
+
+    def draw(self, row: Mapping[str, Any], prediction: Any, bundle: Bundle) -> Image.Image:
+        """A row with its prediction drawn in, for `fasttune predict --draw`. row: by role, media opened, columns
+        that supervise left out. Override it where there is something to see."""
+        raise NotImplementedError
 
     def check_columns(self, roles: frozenset[str]) -> None:
         """Raises DataError(None, why) if the roles that the data have a column for can't make a row together."""

@@ -272,6 +272,22 @@ class TaskConformance:
         assert not missing, f"the meter's result lacks {missing}"
         json.dumps(whole.result(), allow_nan=False)
 
+    def test_what_it_draws_are_pictures(self, subject: Task, bundle: Bundle, encoded: Encoded) -> None:
+        """Of samples, where the task has a sheet; of a row without its targets, where it draws predictions."""
+        if type(subject).sheet is not Task.sheet:
+            first = [encoded[i] for i in range(8)]
+            for samples in (first, first[:1]):
+                assert min(subject.sheet(samples, bundle).size) > 0, "the sheet is empty"
+        if type(subject).draw is not Task.draw:
+            targets = {column.role for column in subject.columns if column.supervises}
+            for position in range(len(encoded.rows)):
+                row = encoded.rows.read(position, media=True)
+                bare = {role: value for role, value in row.items() if role not in targets}
+                before = copy.deepcopy(bare)
+                picture = subject.draw(bare, self.perfect(encoded.rows.read(position)), bundle)
+                assert min(picture.size) > 0, "the picture is empty"
+                assert _same(bare, before), "draw changed its row"
+
     def test_saved_and_loaded_predicts_the_same(
         self, subject: Task, bundle: Bundle, encoded: Encoded, tmp_path: Path
     ) -> None:
