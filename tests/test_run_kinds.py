@@ -290,6 +290,18 @@ def test_splits_and_shares_that_are_named_win(shelf: Any, tmp_path: Path) -> Non
     assert len(other.valid) == 1
 
 
+def test_what_is_validated_on_is_written_out(tiny_bert: Path, toy_files: Any, tmp_path: Path) -> None:
+    fasttune.finetune(
+        task="text-classification",
+        model=str(tiny_bert),
+        data={"train": toy_files.train},
+        train={"steps": 1, "precision": "fp32"},
+        output=str(tmp_path / "run"),
+        quiet=True,
+    )
+    assert configs.load(tmp_path / "run" / "config.yaml").data.valid == configs.SHARE_HELD_OUT
+
+
 def test_rows_that_a_layout_marks_as_bad(shelf: Any) -> None:
     tables = shelf({"train": "apple ? bee", "val": "ape ?"})
     assert [(bad.file.rpartition(":")[2], bad.row, bad.column, bad.why) for bad in tables.bad] == [
