@@ -1,0 +1,205 @@
+"""The value of a row's `objects` column, in any of its layouts, as lists with one entry a box.
+
+What a single entry may be is said here too; what boxes must be together, and to the image, is said in `boxes`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from fasttune.errors import DataError, nearest
+
+Format = Literal["xyxy", "xywh", "cxcywh"]
+"""xyxy: two corners, pixels. xywh: corner and size, pixels. cxcywh: centre and size, fractions of the image's."""
+
+FORMATS: tuple[Format, ...] = get_args(Format)
+ROLE = "objects"
+
+_BOXES: dict[str, Format] = {
+    "boxes": "xyxy",
+    "box": "xyxy",
+    "bndbox": "xyxy",
+    "bbox": "xywh",  # COCO's name and COCO's format
+    "bboxes": "xywh",
+}
+_LABELS = (
+    "labels",
+    "label",
+    "categories",
+    "category",
+    "category_ids",
+    "category_id",
+    "class_labels",
+    "classes",
+    "class",
+    "names",
+    "name",
+)
+_CROWD = ("crowd", "iscrowd", "is_crowd")
+_AREA = ("area", "areas")
+_FARTHEST = 2.0**24  # pixels; beyond it float32 loses whole ones
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+_NONE = 'an image without objects has {"boxes": [], "labels": []}'
+
+
+@dataclass(frozen=True)
+class Columns:
+    """One entry a box in each list; None: not stated. key: the name that the boxes stood under."""
+
+    key: str
+    boxes: list[Any]
+    labels: list[Any]
+    crowd: list[Any] | None
+    area: list[Any] | None
+    form: Any
+
+
+def columns_of(value: Any) -> Columns:
+    """The layouts that `boxes.read_annotations` names. Raises DataError for anything else."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                ROLE, f"expected JSON with boxes and labels, found text that is none: {error}"
+            ) from error
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return _from_mapping(value)
+    if isinstance(value, (list, tuple)):
+        return _from_list(value)
+    found = "nothing (null)" if value is None else f"{type(value).__name__} {value!r:.60}"
+    raise DataError(ROLE, f"expected boxes and labels, found {found}; {_NONE}")
+
+
+def _from_mapping(value: Mapping[str, Any]) -> Columns:
+    key, boxes = _first(value, tuple(_BOXES))
+    label_key, labels = _first(value, _LABELS)
+    listed, names = _listed(boxes, key), _listed(labels, label_key)
+    nothing = listed is None and names is None and all(held is None for held in value.values())  # a table's {}
+    missing = "boxes" if listed is None and not nothing else "labels" if listed and names is None else None
+    if missing:
+        keys = ", ".join(map(str, value))
+        raise DataError(ROLE, f"expected the key {missing!r}, found none; {_NONE}. Keys: {keys}.")
+    crowd_key, crowd = _first(value, _CROWD)
+    area_key, area = _first(value, _AREA)
+    return Columns(
+        key,
+        listed or [],
+        names or [],
+        _listed(crowd, crowd_key),
+        _listed(area, area_key),
+        value.get("format"),
+    )
+
+
+def _from_list(items: Sequence[Any]) -> Columns:
+    for i, item in enumerate(items):
+        if not isinstance(item, Mapping):
+            raise DataError(
+                ROLE, f"{nth(i, len(items))}: expected a mapping with a box and a label, found {item!r:.60}"
+            )
+    names = dict.fromkeys(name for item in items for name, held in item.items() if held is not None)
+
+    def column(known: Sequence[str], wanted: str | None = None) -> tuple[str, list[Any] | None]:
+        key = next((name for name in known if name in names), None)
+        if key is not None:
+            return key, [item.get(key) for item in items]
+        if wanted and items:
+            raise DataError(
+                ROLE, f"expected the key {wanted!r} in each object, found only {', '.join(map(str, names))}"
+            )
+        return "", None
+
+    key, boxes = column(tuple(_BOXES), "bbox")
+    return Columns(
+        key,
+        boxes or [],
+        column(_LABELS, "label")[1] or [],
+        column(_CROWD)[1],
+        column(_AREA)[1],
+        items[0].get("format") if items else None,
+    )
+
+
+def _first(value: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any]:
+    """The first of these names that the mapping holds something under; "" and None if there is none."""
+    return next(((name, value[name]) for name in names if value.get(name) is not None), ("", None))
+
+
+def _listed(held: Any, name: str) -> list[Any] | None:
+    if held is None:
+        return None
+    if isinstance(held, (list, tuple, np.ndarray)):
+        return list(held)
+    raise DataError(ROLE, f"{name}: expected a list, one entry a box, found {type(held).__name__} {held!r:.60}")
+
+
+def nth(index: int, count: int) -> str:
+    """How messages call a box: they count from 1, as they do rows."""
+    return f"box {index + 1} of {count}"
+
+
+def form_of(columns: Columns, box_format: Format | None) -> Format:
+    """box_format, if it is given, wins over the row's own "format", and that over the name of the boxes' key."""
+    mappings = [isinstance(box, Mapping) for box in columns.boxes]
+    if any(mappings):  # they name their corners, whatever else is said
+        if not all(mappings):
+            raise DataError(ROLE, "expected boxes of one kind, found lists of numbers and mappings of corners")
+        return "xyxy"
+    if box_format is not None or columns.form is None:
+        return box_format or _BOXES.get(columns.key, "xyxy")
+    if columns.form not in FORMATS:
+        known = ", ".join(FORMATS)
+        close = nearest(str(columns.form), FORMATS)
+        raise DataError(ROLE, f"format: expected one of {known}, found {columns.form!r:.60}.{close}")
+    return columns.form
+
+
+def four(box: Any, index: int, count: int) -> list[float]:
+    if isinstance(box, Mapping) and all(name in box for name in _CORNERS):
+        box = [box[name] for name in _CORNERS]
+    if not isinstance(box, (list, tuple, np.ndarray)) or len(box) != 4:
+        raise DataError(ROLE, f"{nth(index, count)}: expected four numbers, found {box!r:.80}")
+    found = [finite(number, f"{nth(index, count)}: {box!r:.80}") for number in box]
+    if max(map(abs, found)) > _FARTHEST:
+        raise DataError(ROLE, f"{nth(index, count)}: {box!r:.80} holds {max(found, key=abs):g}; expected pixels")
+    return found
+
+
+def finite(number: Any, where: str) -> float:
+    if isinstance(number, (bool, np.bool_)) or not isinstance(number, numbers.Real):
+        raise DataError(ROLE, f"{where} holds {number!r:.40}, which is not a number; expected finite numbers")
+    try:
+        found = float(number)
+    except OverflowError:
+        found = math.inf
+    if not math.isfinite(found):
+        raise DataError(ROLE, f"{where} holds {found}; expected finite numbers")
+    return found
+
+
+def label_of(label: Any, index: int, count: int) -> str:
+    """A class name, or a class id as text."""
+    if isinstance(label, str) and label.strip():
+        return label.strip()
+    if isinstance(label, numbers.Integral) and not isinstance(label, bool):
+        return str(int(label))
+    found = "none" if label is None or label == "" else f"{type(label).__name__} {label!r:.60}"
+    raise DataError(ROLE, f"{nth(index, count)}: expected a class (text or a whole number), found {found}")
+
+
+def flag_of(flag: Any, index: int, count: int) -> bool:
+    if flag is None:
+        return False
+    if isinstance(flag, (bool, np.bool_, numbers.Real)) and flag in (0, 1):
+        return bool(flag)
+    raise DataError(ROLE, f"{nth(index, count)}: crowd: expected true or false (1 or 0), found {flag!r:.40}")
