@@ -262,8 +262,8 @@ def resolve_rates(
     config: RunConfig, width: int | None, fresh_head: bool = True, clip: float | None = None
 ) -> RunConfig:
     """The config with its learning rates and clipping written out. width: the model's hidden size, None if it has
-    no one. fresh_head: whether the head starts from random weights; a pretrained one learns no faster than the rest.
-    clip: what such models are trained with, `Bundle.clip`."""
+    no one. fresh_head: whether the head starts from random weights; a pretrained one learns no faster than the
+    rest. clip: what such models are trained with, `Bundle.clip`."""
     kind, train = config.strategy.kind, config.train
     lr = train.lr or float(f"{_LR_AT_768[kind] * (768 / (width or 768)) ** _LR_EXPONENT:.2g}")
     head_lr = train.head_lr or (10 * lr if kind == "full" and fresh_head else lr)

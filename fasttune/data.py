@@ -25,8 +25,8 @@ class Checked:
     """What one look at all rows gave, before any model is loaded.
 
     good: int64, positions of usable rows. keys: a hash of each row's inputs. labels: of each row, what its label
-    column holds, or the classes that it names elsewhere. classes: rows a class, or how often one is named. counted:
-    rows a name that the task counts by.
+    column holds, or the classes that it names elsewhere. classes: rows a class, or how often one is named.
+    counted: rows a name that the task counts by.
     """
 
     good: np.ndarray
@@ -156,7 +156,8 @@ class Encoded:
 
     def __init__(self, rows: Rows, task: Task, bundle: Bundle, train: bool, supervised: bool = True):
         self.rows, self.task, self.bundle, self.train, self.supervised = rows, task, bundle, train, supervised
-        self.keep = media_kind(rows.columns) is None
+        self.varies = train and type(task).vary is not Task.vary
+        self.keep = media_kind(rows.columns) is None and not self.varies
         self.bad: list[BadRow] = []
         self.owner: list[int] = []
         self.costs: list[int] = []
@@ -192,11 +193,16 @@ class Encoded:
         return len(self.rows) - len(self.bad)
 
     def __getitem__(self, index: int) -> Sample:
+        return self.sample(index)
+
+    def sample(self, index: int, draw: Sequence[int] | None = None) -> Sample:
+        """A sample. draw: numbers that decide, with the index, how `Task.vary` changes it; None: not at all."""
         if self.keep:
             return self._kept[index]
         position = self.owner[index]
+        random = np.random.default_rng([*draw, index]) if draw is not None and self.varies else None
         try:
-            return self._encode(position, self.rows.raw(position))[self._part[index]]
+            return self._encode(position, self.rows.raw(position), random)[self._part[index]]
         except DataError as error:  # it was whole when the run began
             raise BadRows([self.rows.bad(position, error)]) from error
 
@@ -204,9 +210,12 @@ class Encoded:
         """The row of a sample, by role, media not opened: what a meter compares a prediction with."""
         return self.rows.read(self.owner[index])
 
-    def _encode(self, position: int, raw: Mapping[str, Any]) -> list[Sample]:
+    def _encode(
+        self, position: int, raw: Mapping[str, Any], random: np.random.Generator | None = None
+    ) -> list[Sample]:
         row = self.rows.read(position, media=True, raw=raw)
         row = row if self.supervised else self.task.to_predict(row)
+        row = row if random is None else self.task.vary(row, random)
         samples = self.task.encode(row, self.bundle, self.train)
         return samples if isinstance(samples, list) else [samples]
 

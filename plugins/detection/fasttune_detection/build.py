@@ -16,7 +16,7 @@ from fasttune.models import structure
 from fasttune.models.checkpoint import load_config, require_family
 from fasttune.models.loading import Loaded, check_backbone, inside, pretrained, random_model
 from fasttune.task import Bundle, Source
-from fasttune_detection.families import BACKBONES, BOX_LAYERS, CLASS_LAYERS, NOISY_CLASSES, SOFTMAX_LOSS
+from fasttune_detection.families import BACKBONES, BOX_LAYERS, CLASS_LAYERS, SOFTMAX_LOSS
 from fasttune_detection.image_processor import load_processor
 from fasttune_detection.losses import sum_losses
 from fasttune_detection.options import DetectionOptions
@@ -24,6 +24,7 @@ from fasttune_detection.options import DetectionOptions
 _GENERIC = re.compile(r"(?:label|class)?[_ -]?\d+", re.IGNORECASE)
 _FROZEN = "FrozenBatchNorm2d"
 _CLIP = 0.1  # DETR (arXiv 2005.12872) and all that followed it
+_KEPT_RATE = 0.1  # of box layers: pretrained, they stand beside new class layers, which get 10 times the rate
 _BACKBONE_RATE = 0.1  # the same: 1e-4 for the transformer, 1e-5 for the backbone
 
 
@@ -48,6 +49,7 @@ def build(source: Source, labels: list[str], options: DetectionOptions) -> Bundl
     if not class_layers:
         raise ModelError(f"model {str(source)!r}: {type(model).__name__} has no class layers that fasttune knows")
     blocks = _blocks(model, head)
+    _follow_the_head(model, head)
     if random:
         notes = ("random weights: nothing is pretrained", *_train_batch_norms(model), *notes)
         head_note = f"new head: {_count(names)}"
@@ -63,7 +65,7 @@ def build(source: Source, labels: list[str], options: DetectionOptions) -> Bundl
         if frozen := sum(type(module).__name__.endswith(_FROZEN) for module in model.modules()):
             notes = (*notes, f"{frozen} batch norms of the backbone stay as they were pretrained")
     if not random:
-        rates |= {name: 0.1 for name in _named(model, BOX_LAYERS)}
+        rates |= dict.fromkeys(_named(model, BOX_LAYERS), _KEPT_RATE)
     return Bundle(
         model=model,
         processor=processor,
@@ -85,8 +87,8 @@ def _check_packages(source: Source, config: Any) -> None:
     if is_timm and not is_timm_available():
         name = getattr(config, "backbone", None) or getattr(backbone, "backbone", None) or "its backbone"
         raise ModelError(
-            f"model {str(source)!r}: its backbone ({name}) is a timm model: install timm, or take a checkpoint with "
-            "one of transformers' own (for facebook/detr-resnet-50 the revision no_timm)"
+            f"model {str(source)!r}: its backbone ({name}) is a timm model: install timm, or take a checkpoint "
+            "with one of transformers' own (for facebook/detr-resnet-50 the revision no_timm)"
         )
     if not is_scipy_available():
         raise ModelError(f"model {str(source)!r}: boxes are matched to queries by scipy: install scipy")
@@ -95,8 +97,8 @@ def _check_packages(source: Source, config: Any) -> None:
 def _plan(config: PreTrainedConfig, labels: list[str]) -> tuple[list[str], bool, int]:
     """The classes in the order of their ids, whether the checkpoint's class layers stay, and how many it has.
 
-    The same classes, in whatever order, keep the model's ids; unnamed ones of equal number take the labels in order;
-    anything else means new layers.
+    The same classes, in whatever order, keep the model's ids; unnamed ones of equal number take the labels in
+    order; anything else means new layers.
     """
     stated = [str(name) for _, name in sorted((config.id2label or {}).items())]
     if set(stated) == set(labels) and len(stated) == len(labels):
@@ -106,19 +108,42 @@ def _plan(config: PreTrainedConfig, labels: list[str]) -> tuple[list[str], bool,
 
 
 def _named(model: nn.Module, names: frozenset[str]) -> tuple[str, ...]:
-    """Modules whose last name is one of these; a module that is shared bears each of its names."""
-    found = (name for name, _ in model.named_modules(remove_duplicate=False))
-    return tuple(name for name in found if name.rpartition(".")[2] in names)
+    """Modules whose last name is one of these, of a list its members; what is shared bears each of its names."""
+    found: list[str] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name.rpartition(".")[2] in names:  # PEFT takes no list for a module to save
+            listed = isinstance(module, nn.ModuleList)
+            found += [f"{name}.{child}" for child in range(len(module))] if listed else [name]
+    return tuple(found)
 
 
 def _blocks(model: nn.Module, head: tuple[str, ...]) -> tuple[str, ...]:
-    """The layers with attention, in depth order: of encoder and decoder, and of a backbone that is a transformer."""
+    """Layers with attention in depth order: of a backbone that is a transformer, of encoder and decoder."""
     lists: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and not inside(f"{name}.", (*head, *lists)):
-            if any("Attention" in type(part).__name__ for part in module[0].modules()):
-                lists.append(name)
+        if not isinstance(module, nn.ModuleList) or inside(f"{name}.", (*head, *lists)):
+            continue
+        if any("Attention" in type(part).__name__ for part in module.modules()):
+            lists.append(name)
     return tuple(f"{name}.{child}" for name in lists for child, _ in model.get_submodule(name).named_children())
+
+
+def _follow_the_head(model: Any, head: tuple[str, ...]) -> None:
+    """Where a frozen base stands in eval mode around a head in training, what holds the head trains too: there
+    these models add the outputs of all layers, denoising queries and groups of queries, whose losses reach every
+    part of the head. Layers with dropout stay in eval mode."""
+    first = model.get_submodule(head[0])
+    parents = {name[:end] for name in head for end in (0, *(at.start() for at in re.finditer(r"\.", name)))}
+    followers = [model.get_submodule(name) for name in sorted(parents) if not inside(f"{name}.", head)]
+    if getattr(model.config, "group_detr", 1) > 1:  # its attention keeps the groups apart
+        decoder = model.base_model.decoder.modules()
+        followers += [module for module in decoder if "Attention" in type(module).__name__]
+
+    def follow(*_: Any) -> None:
+        for module in followers:
+            module.training = first.training
+
+    model.register_forward_pre_hook(follow)
 
 
 def _train_batch_norms(model: nn.Module) -> tuple[str, ...]:
@@ -129,9 +154,10 @@ def _train_batch_norms(model: nn.Module) -> tuple[str, ...]:
     """
     frozen = 0
     for parent in list(model.modules()):
+        child: Any
         for name, child in list(parent.named_children()):
             if type(child).__name__.endswith(_FROZEN):
-                setattr(parent, name, nn.BatchNorm2d(child.weight.shape[0]))
+                setattr(parent, name, nn.BatchNorm2d(len(child.weight)))
                 frozen += 1
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
@@ -144,8 +170,7 @@ def _train_batch_norms(model: nn.Module) -> tuple[str, ...]:
 
 def _check_weights(source: Source, loaded: Loaded, blocks: tuple[str, ...], head: tuple[str, ...]) -> None:
     """Raises ModelError if more than classes is missing in the checkpoint."""
-    classes = {name for name in loaded.missing if inside(name, head) or NOISY_CLASSES in name}
-    lacking = set(loaded.missing) - classes
+    lacking = {name for name in loaded.missing if not inside(name, head)}
     if lacking:
         check_backbone(source, loaded, structure.base_name(loaded.model), blocks, lacking)
 
@@ -166,7 +191,7 @@ def _settle_classes(loaded: Loaded, layers: tuple[str, ...], keep: bool, was: in
 
 @torch.no_grad()
 def _restart(model: Any, layers: tuple[str, ...], classes: int) -> None:
-    """Draws the last linear layer of each class head anew, and the noisy class embeddings. With a sigmoid a class
+    """Draws the last linear layer of each class head anew, and the embeddings of classes. With a sigmoid a class
     starts as likely as RT-DETR has it, 1 / (classes + 1); with softmax all are equal."""
     softmax = model.loss_function.name == SOFTMAX_LOSS
     bias = 0.0 if softmax else -math.log(classes)
@@ -176,8 +201,10 @@ def _restart(model: Any, layers: tuple[str, ...], classes: int) -> None:
             if isinstance(module, nn.Linear) and module.out_features in outputs:
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.constant_(module.bias, bias)
-    for name in _named(model, frozenset({NOISY_CLASSES})):
-        nn.init.xavier_uniform_(model.get_submodule(name).weight)
+            elif isinstance(module, nn.Embedding):
+                nn.init.xavier_uniform_(module.weight)
+                if module.padding_idx is not None:
+                    nn.init.zeros_(module.weight[module.padding_idx])
 
 
 def _count(names: list[str]) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 from fasttune.errors import DataError, nearest
 from fasttune.task import Bundle, Sample
-from fasttune_detection.boxes import read_objects, resized
+from fasttune_detection.boxes import Objects, read_objects, resized
 from fasttune_detection.families import HEED_PADDING
 from fasttune_detection.image_processor import Pixels
 from fasttune_detection.options import DetectionOptions
@@ -17,7 +17,9 @@ from fasttune_detection.options import DetectionOptions
 def encode(row: dict[str, Any], bundle: Bundle, options: DetectionOptions) -> Sample:
     """See `ObjectDetection.encode`. Raises DataError for boxes that can't be used."""
     image = row["image"]
-    objects = read_objects(row["objects"], options.box_format, image.size) if "objects" in row else None
+    objects = row.get("objects")
+    if "objects" in row and not isinstance(objects, Objects):  # `vary` has read them already
+        objects = read_objects(objects, options.box_format, image.size)
     config: Any = bundle.model.config
     pixels = Pixels.of(bundle.processor)
     values = pixels(image)

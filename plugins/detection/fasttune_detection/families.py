@@ -30,9 +30,12 @@ PROCESSORS = {
 }
 """By model type: the image processor, on Pillow, whose post-processing is the family's."""
 
-CLASS_LAYERS = frozenset({"class_labels_classifier", "class_embed", "enc_score_head", "enc_out_class_embed"})
-BOX_LAYERS = frozenset({"bbox_predictor", "bbox_embed", "enc_bbox_head", "enc_out_bbox_embed"})
 NOISY_CLASSES = "denoising_class_embed"
-"""An embedding of the classes that only training reads, and only where the whole model is in training mode."""
+"""An embedding of the classes, for the denoising queries that only training has."""
+
+CLASS_LAYERS = frozenset(
+    {"class_labels_classifier", "class_embed", "enc_score_head", "enc_out_class_embed", NOISY_CLASSES}
+)
+BOX_LAYERS = frozenset({"bbox_predictor", "bbox_embed", "enc_bbox_head", "enc_out_bbox_embed"})
 
 BACKBONES = ("backbone", "conv_encoder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
@@ -12,12 +13,20 @@ from torch import Tensor
 
 from fasttune.task import Bundle, Loss
 
+_DEFORMABLE = "deformable_detr"
+
 
 def forward(model: Any, batch: Mapping[str, Tensor]) -> Any:
     """The model's outputs for a padded batch; with boxes, its loss too, as `losses` makes it a sum."""
     inputs = {name: batch[name] for name in ("pixel_values", "pixel_mask") if name in batch}
     with _one_dtype(model):
-        return model(**inputs, labels=_labels(batch)) if "boxes" in batch else model(**inputs)
+        if "boxes" not in batch:
+            return model(**inputs)
+        labels = _labels(batch)
+        outputs = model(**inputs, labels=labels)
+        if model.config.model_type == _DEFORMABLE and model.config.two_stage:
+            outputs.loss = outputs.loss + _loss_of_proposals(model, outputs, labels)
+        return outputs
 
 
 def loss_of(outputs: Any, batch: Mapping[str, Tensor]) -> Loss:
@@ -27,23 +36,35 @@ def loss_of(outputs: Any, batch: Mapping[str, Tensor]) -> Loss:
 def predictions_of(
     outputs: Any, batch: Mapping[str, Tensor], bundle: Bundle, threshold: float
 ) -> list[dict[str, Any]]:
-    """{"boxes", "labels", "scores"} an image, the best first: by the processor's own post-processing, as a
-    pipeline does it."""
+    """What `ObjectDetection.decode` gives, by the processor's own post-processing, as a pipeline does it."""
     found = SimpleNamespace(logits=outputs.logits.float(), pred_boxes=outputs.pred_boxes.float())
     processor: Any = bundle.processor
     images = processor.post_process_object_detection(found, threshold=threshold, target_sizes=batch["size"])
     names: Any = bundle.model.config.id2label  # type: ignore[union-attr]
     predictions = []
-    for image in images:
+    for image, (height, width) in zip(images, batch["size"].tolist(), strict=True):
         order = image["scores"].argsort(descending=True, stable=True)
         predictions.append(
             {
                 "boxes": image["boxes"][order].tolist(),
                 "labels": [names[i] for i in image["labels"][order].tolist()],
                 "scores": image["scores"][order].tolist(),
+                "size": [width, height],
             }
         )
     return predictions
+
+
+def _loss_of_proposals(model: Any, outputs: Any, labels: list[dict[str, Tensor]]) -> Tensor:
+    """Two-stage Deformable DETR picks its queries from the encoder's own boxes, by how likely they are of class 0,
+    whatever they hold. The paper (arXiv 2010.04159) trains them as a detector with one class; transformers' loss
+    leaves them out, and new class layers would pick at random."""
+    config = copy.copy(model.config)
+    config.auxiliary_loss = False
+    boxes = outputs.enc_outputs_coord_logits.float().sigmoid()
+    found = [{**label, "class_labels": torch.zeros_like(label["class_labels"])} for label in labels]
+    total, _, _ = model.loss_function(outputs.enc_outputs_class, found, boxes.device, boxes, config)
+    return total
 
 
 def _labels(batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, PreTrainedConfig
 from transformers.image_transforms import get_size_with_aspect_ratio
 
-from fasttune.errors import ModelError
+from fasttune.errors import ConfigError, ModelError
 from fasttune.models.checkpoint import LOADING_ERRORS, load_arguments, quiet, trouble
 from fasttune.task import Source
 from fasttune_detection.families import HEED_PADDING, PROCESSORS
@@ -35,7 +35,10 @@ def load_processor(
     """
     kind = PROCESSORS.get(config.model_type)
     if kind is None:
-        raise ModelError(f"model {str(source)!r} is of type {config.model_type!r}, whose boxes fasttune can't read")
+        raise ModelError(
+            f"model {str(source)!r} is of type {config.model_type!r}, which can't be trained: transformers has no "
+            f"loss for it, or fasttune doesn't know how to read it. Known: {', '.join(PROCESSORS)}"
+        )
     settings, notes = _settings(source, kind)
     settings["do_resize"] = True
     stated = settings["size"]
@@ -107,7 +110,9 @@ def _sides(stated: dict[str, Any], options: DetectionOptions, multiple: int) -> 
         height, width = options.size
         if height % multiple or width % multiple:
             near = [max(multiple, round(side / multiple) * multiple) for side in options.size]
-            raise ModelError(f"options.size: this model takes multiples of {multiple}; {near} is near {[*options.size]}")
+            raise ConfigError(
+                f"options.size: {[*options.size]}: this model takes multiples of {multiple}, such as {near}"
+            )
         return {"height": height, "width": width}, "options.size"
     if "height" in stated:
         height, width = stated["height"], stated["width"]
@@ -127,8 +132,8 @@ def _sides(stated: dict[str, Any], options: DetectionOptions, multiple: int) -> 
 
 def _multiple(config: PreTrainedConfig) -> int:
     """What height and width must be multiples of."""
-    backbone = getattr(config, "backbone_config", None) or config
-    patch = getattr(backbone, "patch_size", None)
+    backbone: Any = getattr(config, "backbone_config", None) or config
+    patch: Any = getattr(backbone, "patch_size", None)
     if patch is None:
         return _STRIDE
     windows = getattr(backbone, "num_windows_side", None) or getattr(backbone, "num_windows", 1)

@@ -1,16 +1,16 @@
 """transformers' own detection losses, as a sum over boxes and the number of boxes.
 
-They are means: divided by the boxes of a batch, DETR's class loss by the sum of its weights in the batch. Multiplied
-by what they were divided by, they are sums that don't depend on what else is in the batch, and total / count over a
-batch is what transformers computes for it. Two terms need more than that:
+They are means: divided by the boxes of a batch, DETR's class loss by the sum of its weights in the batch.
+Multiplied by what they were divided by, they are sums that don't depend on what else is in the batch, and total /
+count over a batch is what transformers computes for it. Two terms need more than that:
 
-- The cross-entropy of DETR, YOLOS and Table Transformer is divided by its weights, 1 for a query that is matched and
-  `eos_coefficient` for the others: (1 - eos) n + eos Q N for n boxes, N images and Q queries. A sum that is divided
-  by n later can equal that for one number of boxes an image only: by default, that of train. A batch with so many
-  boxes an image has transformers' loss; in one with more, its class term weighs as if it had as many.
-- D-FINE and DEIMv2 distil the last layer into those before: a mean over matched and others that no factor turns into
-  a sum. Their loss is taken image by image; the other terms stay what they are in a batch. (DEIMv2 also divides the
-  box terms by the pairs that any layer matched, if `use_dense_one_to_one`.)
+- The cross-entropy of DETR, YOLOS and Table Transformer is divided by its weights, 1 for a query that is matched
+  and `eos_coefficient` for the others: (1 - eos) n + eos Q N for n boxes, N images and Q queries. A sum that is
+  divided by n later can equal that for one number of boxes an image only: by default, that of train. A batch with
+  so many boxes an image has transformers' loss; in one with more, its class term weighs as if it had as many.
+- D-FINE and DEIMv2 distil the last layer into those before: a mean over matched and others that no factor turns
+  into a sum. Their loss is taken image by image; the other terms stay what they are in a batch. (DEIMv2 also
+  divides the box terms by the pairs that any layer matched, if `use_dense_one_to_one`.)
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _PARTS = ("loss_ce", "loss_vfl", "loss_mal", "loss_bbox", "loss_giou")
 def sum_losses(model: Any, boxes_per_image: float | None) -> None:
     """Makes `model(..., labels=...)` give its loss as a sum over boxes, on this instance.
 
-    boxes_per_image: see above; None: COCO's. Raises ModelError if transformers has no training loss for the model, or
-    one that is not known here.
+    boxes_per_image: see above; None: COCO's. Raises ModelError if transformers has no training loss for the model,
+    or one that is not known here.
     """
     original = model.loss_function
     name = getattr(original, "__name__", type(original).__name__)
@@ -62,15 +62,14 @@ class _Summed:
         """(total, terms, auxiliary outputs): total and terms are sums over boxes, in fp32; terms are the last
         layer's, as transformers names and weights them."""
         if getattr(config, "group_detr", 1) > 1 and not self.model.training:
-            # The criterion is made anew for each batch, and so takes itself to be training, where there are several
-            # groups of queries. The model in eval mode has one.
+            # The criterion is made anew for each batch, and so takes itself to be training, where there are
+            # several groups of queries. The model in eval mode has one.
             config = copy.copy(config)
             config.group_detr = 1
         outputs = _to_fp32({"logits": logits, "pred_boxes": pred_boxes, "more": more, "named": named})
         if self.name not in LOSSES_BY_IMAGE:
             return self._sum(outputs, labels, device, config)
-        count = len(labels)
-        images = [self._sum(_take(outputs, i, count), [labels[i]], device, config) for i in range(count)]
+        images = [self._sum(_take(outputs, i), [label], device, config) for i, label in enumerate(labels)]
         terms = {name: torch.stack([image[1][name] for image in images]).sum() for name in images[0][1]}
         return torch.stack([image[0] for image in images]).sum(), terms, None
 
@@ -106,15 +105,11 @@ def _to_fp32(value: Any) -> Any:
     return type(value)(map(_to_fp32, value)) if isinstance(value, (list, tuple)) else value
 
 
-def _take(value: Any, index: int, images: int) -> Any:
-    """The part of one image: of tensors [images, ...], and of lists with one tensor an image (the positions of
-    denoising queries)."""
+def _take(value: Any, index: int) -> Any:
+    """The part of one image: of tensors [images, ...], and of what describes the denoising queries."""
     if isinstance(value, Tensor):
         return value[index : index + 1]
     if isinstance(value, Mapping):
-        return {name: _take(part, index, images) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        if len(value) == images and all(isinstance(part, Tensor) for part in value):
-            return [value[index]]
-        return type(value)(part if isinstance(part, int) else _take(part, index, images) for part in value)
-    return value
+        positions = {name: [value[name][index]] for name in ("dn_positive_idx",) if name in value}  # one an image
+        return {name: _take(part, index) for name, part in value.items()} | positions
+    return type(value)(_take(part, index) for part in value) if isinstance(value, (list, tuple)) else value

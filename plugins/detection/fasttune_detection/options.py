@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fasttune_detection.augment import AugmentOptions
+
 Edge = Annotated[int, Field(ge=16, le=8192)]
 
 
@@ -14,14 +16,17 @@ class DetectionOptions(BaseModel):
 
     box_format: Literal["xyxy", "xywh", "cxcywh"] | None = Field(
         None,
-        description="Format of the data's boxes; null is what each row says, else xywh for a key named bbox and xyxy "
-        "for boxes. xyxy and xywh are pixels, cxcywh fractions of width and height.",
+        description="Format of the data's boxes; null is what each row says, else xywh for a key named bbox and "
+        "xyxy for boxes. xyxy and xywh are pixels, cxcywh fractions of width and height.",
     )
     size: tuple[Edge, Edge] | None = Field(
         None,
-        description="What images are resized to: [shortest edge, longest edge at most] for models that heed padding "
-        "masks (DETR, Conditional, DAB and Deformable DETR, Table Transformer), [height, width] for all others. "
-        "null is the checkpoint's own size, at most the median of train's.",
+        description="What images are resized to: [shortest edge, longest edge at most] for models that heed masks "
+        "(DETR, Conditional, DAB and Deformable DETR, Table Transformer), [height, width] for all others. null is "
+        "the checkpoint's own size, at most the median of train's.",
+    )
+    augment: AugmentOptions | None = Field(
+        None, description="What is done to images of train and their boxes, anew in each epoch; null is nothing."
     )
     threshold: float = Field(
         0.5, ge=0, lt=1, description="predict names boxes that score above this; evaluate looks at all of them."

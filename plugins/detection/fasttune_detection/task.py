@@ -10,6 +10,8 @@ from fasttune.task import Bundle, Column, Loss, Meter, Metric, Sample, Source, T
 from fasttune_detection.options import DetectionOptions
 
 if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
     from torch import Tensor, nn
 
 IMAGE_ALIASES = ("img", "image_path", "image_file", "file", "file_name", "filename", "filepath", "path", "picture")
@@ -59,13 +61,26 @@ class ObjectDetection(Task):
         return build(source, labels, self.options)
 
     def encode(self, row: dict[str, Any], bundle: Bundle, train: bool) -> Sample:
-        """pixel_values, float32 [3, h, w], as the model's processor makes them; size, int64 [2], (height, width) of
-        the image before; for models that heed padding pixel_mask, bool [h, w]. With objects also their boxes, float32
-        [n, 4], xyxy in pixels of the resized image, and class_labels, int64 [n]; crowds are left out. The cost is in
-        pixels. truncated: boxes beyond the number of the model's queries, which can't be found."""
+        """pixel_values, float32 [3, h, w], as the model's processor makes them; size, int64 [2], (height, width)
+        of the image before; for models that heed padding pixel_mask, bool [h, w]. With objects also their boxes,
+        float32 [n, 4], xyxy in pixels of the resized image, and class_labels, int64 [n]; crowds are left out. The
+        cost is in pixels. truncated: boxes beyond the number of the model's queries, which can't be found.
+
+        Raises DataError for boxes that can't be used."""
         from fasttune_detection.encoding import encode
 
         return encode(row, bundle, self.options)
+
+    def vary(self, row: dict[str, Any], random: np.random.Generator) -> dict[str, Any]:
+        """Image and objects as `augment` draws them; the image keeps its size."""
+        from fasttune_detection.augment import augment
+        from fasttune_detection.boxes import read_objects
+
+        if self.options.augment is None:
+            return row
+        objects = read_objects(row["objects"], self.options.box_format, row["image"].size)
+        image, objects = augment(row["image"], objects, random, self.options.augment)
+        return {**row, "image": image, "objects": objects}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Loss:
         """transformers' own loss of the model's family as a sum; the count is the number of boxes. How the two are
@@ -75,9 +90,9 @@ class ObjectDetection(Task):
         return loss_of(forward(model, batch), batch)
 
     def decode(self, model: nn.Module, batch: dict[str, Tensor], bundle: Bundle) -> list[dict[str, Any]]:
-        """{"boxes": xyxy in pixels of the image as it was, "labels", "scores"} an image, the best first, by the
-        family's own post-processing. A batch with objects is to be scored, and all its boxes are given; in one
-        without, those whose score exceeds options.threshold."""
+        """{"boxes": xyxy in pixels of the image as it was, "labels", "scores", "size": its [width, height]} an
+        image, the best first, by the family's own post-processing. A batch with objects is to be scored, and all
+        that the model finds is given; in one without, what scores above options.threshold."""
         from fasttune_detection.forward import forward, predictions_of
 
         inputs = {name: tensor for name, tensor in batch.items() if name not in (BOXES, CLASSES)}
@@ -92,9 +107,9 @@ class ObjectDetection(Task):
         return loss_of(outputs, batch), predictions_of(outputs, batch, bundle, self._threshold(batch))
 
     def meter(self) -> Meter:
-        from fasttune_detection.meters import BoxMeter
+        from fasttune_detection.meters import DetectionMeter
 
-        return BoxMeter(self.options.box_format)
+        return DetectionMeter(self.options.box_format)
 
     def show(self, sample: Sample, bundle: Bundle) -> str:
         """The size that the model sees, and what of each class is in it."""
@@ -104,6 +119,29 @@ class ObjectDetection(Task):
         seen = Counter(names[i] for i in sample.tensors[CLASSES].tolist())
         objects = ", ".join(f"{count} {name}" for name, count in sorted(seen.items())) or "no objects"
         return f"{old_width} x {old_height}, seen as {width} x {height}: {objects}"
+
+    def sheet(self, samples: list[Sample], bundle: Bundle) -> Image.Image:
+        """Samples of train as the loss sees them, on one picture."""
+        from fasttune_detection.draw import as_image, draw, sheet
+
+        names: Any = bundle.model.config.id2label  # type: ignore[union-attr]
+        settings = bundle.processor.to_dict()
+        mean, std = settings["image_mean"], settings["image_std"]
+        mean, std = (mean, std) if settings["do_normalize"] else ((0, 0, 0), (1, 1, 1))
+        pictures = []
+        for sample in samples:
+            image = as_image(sample.tensors["pixel_values"], mean, std)
+            labels = [names[i] for i in sample.tensors[CLASSES].tolist()]
+            pictures.append(draw(image, sample.tensors[BOXES].tolist(), labels, None, list(names.values())))
+        return sheet(pictures)
+
+    def draw(self, row: Mapping[str, Any], prediction: Any, bundle: Bundle) -> Image.Image:
+        """The image with the boxes that were found."""
+        from fasttune_detection.draw import draw
+
+        names: Any = bundle.model.config.id2label  # type: ignore[union-attr]
+        found = prediction["boxes"], prediction["labels"], prediction["scores"]
+        return draw(row["image"], *found, list(names.values()))
 
     def _threshold(self, batch: Mapping[str, Any]) -> float:
         return 0.0 if CLASSES in batch else self.options.threshold

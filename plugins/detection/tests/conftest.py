@@ -131,7 +131,8 @@ def _lw_detr(**settings):
 
 
 def _deformable(**settings):
-    own = {**_TRANSFORMER, "num_feature_levels": 4, **settings}
+    # Of 64: with 32 each channel is a group of its own, and the biases before the group norms have no gradient.
+    own = {**_TRANSFORMER, "d_model": 64, "num_feature_levels": 4, **settings}
     return hf.DeformableDetrConfig(backbone_config=_resnet(stages=_THREE), **own)
 
 
@@ -139,9 +140,7 @@ CONFIGS = {
     "detr": lambda **s: hf.DetrConfig(backbone_config=_resnet(), **{**_TRANSFORMER, **s}),
     "conditional": lambda **s: hf.ConditionalDetrConfig(backbone_config=_resnet(), **{**_TRANSFORMER, **s}),
     "deformable": _deformable,
-    "two_stage": lambda **s: _deformable(
-        two_stage=True, with_box_refine=True, two_stage_num_proposals=12, **s
-    ),
+    "two_stage": lambda **s: _deformable(two_stage=True, with_box_refine=True, two_stage_num_proposals=12, **s),
     "dab": _dab,
     "table": lambda **s: hf.TableTransformerConfig(backbone_config=_resnet(), **{**_TRANSFORMER, **s}),
     "yolos": _yolos,
@@ -189,8 +188,10 @@ def _make_distinct(model):
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-        if isinstance(module, torch.nn.Linear) and "bbox" in name:
+        if isinstance(module, torch.nn.Linear) and ("bbox" in name or "class" in name):
             torch.nn.init.normal_(module.weight, std=0.3)
+        if isinstance(module, torch.nn.Embedding) and "query" in name:
+            torch.nn.init.normal_(module.weight)
 
 
 def draw(path, size, boxes):
