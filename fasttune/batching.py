@@ -87,21 +87,22 @@ class Loader:
     def __init__(self, encoded: Encoded, padding: Mapping[str, float], workers: int = 0, pack: Pack | None = None):
         self.encoded, self.padding, self.workers, self.pack = encoded, padding, workers, pack
 
-    def load(self, samples: list[int]) -> MicroBatch:
+    def load(self, samples: list[int], draw: Sequence[int] | None = None) -> MicroBatch:
+        """draw: as `Encoded.sample` takes it."""
         cost = sum(self.encoded.costs[i] for i in samples)
-        found = [self.encoded[i] for i in samples]
+        found = [self.encoded.sample(i, draw) for i in samples]
         if self.pack:
             found = self.pack(found)
         padded_cost = max(sample.cost for sample in found) * len(found)
         return MicroBatch(collate(found, self.padding), samples, cost, padded_cost)
 
-    def along(self, plan: Sequence[list[int]]) -> Iterator[MicroBatch]:
+    def along(self, plan: Sequence[list[int]], draw: Sequence[int] | None = None) -> Iterator[MicroBatch]:
         if self.workers == 0 or self.encoded.keep:
-            yield from map(self.load, plan)
+            yield from (self.load(samples, draw) for samples in plan)
             return
         # Forked, since a model and memory-mapped rows are shared that way instead of pickled.
         for found in torch.utils.data.DataLoader(
-            _Plan(self, plan),
+            _Plan(self, plan, draw),
             batch_size=None,
             shuffle=False,
             num_workers=self.workers,
@@ -115,15 +116,15 @@ class Loader:
 class _Plan(torch.utils.data.Dataset):
     """A plan as a dataset whose items are whole micro-batches."""
 
-    def __init__(self, loader: Loader, plan: Sequence[list[int]]):
-        self.loader, self.plan = loader, plan
+    def __init__(self, loader: Loader, plan: Sequence[list[int]], draw: Sequence[int] | None):
+        self.loader, self.plan, self.draw = loader, plan, draw
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def __getitem__(self, index: int) -> MicroBatch | DataError:
         try:
-            return self.loader.load(self.plan[index])
+            return self.loader.load(self.plan[index], self.draw)
         except DataError as error:  # raised here, torch would make a RuntimeError of it
             return error
 
@@ -149,7 +150,7 @@ class Batches:
                 pieces = cuts
             else:
                 pieces = [[tight for piece in batch for tight in tighten(piece, costs)] for batch in cuts]
-            loaded = self.loader.along([piece for batch in pieces for piece in batch])
+            loaded = self.loader.along([piece for batch in pieces for piece in batch], (self.seed, epoch))
             for index, batch in enumerate(pieces, start=start + 1):
                 following = Position(epoch, index) if index < self.per_epoch else Position(epoch + 1, 0)
                 yield [next(loaded) for _ in batch], following

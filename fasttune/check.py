@@ -41,7 +41,7 @@ def check(config: RunConfig, remote_code: str | None = None, draw: str | None = 
     with Signals() as signals:
         prepared = prepare(config, Progress(quiet=True), signals, remote_code)
     fresh_head = prepared.bundle.head_is_new and not prepared.bundle.writes_text
-    config = configs.resolve_rates(config, width_of(prepared.bundle), fresh_head)
+    config = configs.resolve_rates(config, width_of(prepared.bundle), fresh_head, prepared.bundle.clip)
     unit = UNITS[media_kind(prepared.task.columns)]
     costs = prepared.train.costs
     pack = prepared.task.pack if prepared.task.packs else None

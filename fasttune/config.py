@@ -172,8 +172,9 @@ class Train(Section):
     """Peak learning rate of the head. Default: 10 x lr for full where the head is new, else lr."""
     optimizer: Optimizer = AdamW()
     schedule: Annotated[Schedule, _kind_or("linear")] = Schedule()
-    clip: float = Field(1.0, ge=0)
-    """Largest norm of the gradient; 0 = no clipping."""
+    clip: float | None = Field(None, ge=0)
+    """Largest norm of the gradient; 0 = no clipping. Default: 1, or what such models are trained with (0.1 for
+    DETR's family)."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute type; auto is bf16 where the machine has it natively. What is trained keeps fp32 master weights."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
@@ -263,13 +264,19 @@ def resolve(config: RunConfig, *, precision: str) -> RunConfig:
     )
 
 
-def resolve_rates(config: RunConfig, width: int | None, fresh_head: bool = True) -> RunConfig:
-    """The config with its learning rates written out. width: the model's hidden size, None if it has no one.
-    fresh_head: whether the head starts from random weights; a pretrained one learns no faster than the rest."""
+def resolve_rates(
+    config: RunConfig, width: int | None, fresh_head: bool = True, clip: float | None = None
+) -> RunConfig:
+    """The config with its learning rates and clipping written out. width: the model's hidden size, None if it has
+    no one. fresh_head: whether the head starts from random weights; a pretrained one learns no faster than the
+    rest. clip: what such models are trained with, `Bundle.clip`."""
     kind, train = config.strategy.kind, config.train
     lr = train.lr or float(f"{_LR_AT_768[kind] * (768 / (width or 768)) ** _LR_EXPONENT:.2g}")
     head_lr = train.head_lr or (10 * lr if kind == "full" and fresh_head else lr)
-    return config.model_copy(update={"train": train.model_copy(update={"lr": lr, "head_lr": head_lr})})
+    if train.clip is not None or clip is None:
+        clip = 1.0 if train.clip is None else train.clip
+    rates = {"lr": lr, "head_lr": head_lr, "clip": clip}
+    return config.model_copy(update={"train": train.model_copy(update=rates)})
 
 
 def _home(path: str) -> str:

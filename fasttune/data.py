@@ -17,14 +17,16 @@ from fasttune.task import Bundle, Column, Sample, Task
 
 Progress = Callable[[int, int], None]  # (rows done, rows in all); may raise Stopped
 Count = Callable[[Mapping[str, Any]], Iterable[str]]
+ClassesOf = Callable[[Mapping[str, Any]], Iterable[str] | None]
 
 
 @dataclass
 class Checked:
     """What one look at all rows gave, before any model is loaded.
 
-    good: int64, positions of usable rows. keys: a hash of each row's inputs. classes: rows a class. counted: rows
-    a name that the task counts by.
+    good: int64, positions of usable rows. keys: a hash of each row's inputs. labels: of each row, what its label
+    column holds, or the classes that it names elsewhere. classes: rows a class, or how often one is named.
+    counted: rows a name that the task counts by.
     """
 
     good: np.ndarray
@@ -37,10 +39,15 @@ class Checked:
 
 
 def check(
-    rows: Rows, known: set[str] | None = None, progress: Progress | None = None, count: Count | None = None
+    rows: Rows,
+    known: set[str] | None = None,
+    progress: Progress | None = None,
+    count: Count | None = None,
+    classes_of: ClassesOf | None = None,
 ) -> Checked:
     """Reads every row but its media. known: the classes that labels must be among (those of train). count: what
-    else to count a row by, `Task.count`."""
+    else to count a row by, `Task.count`. classes_of: what names a row's classes if no label column does,
+    `Task.classes_of`. Without the two, None, no image's size is looked at."""
     good: list[int] = []
     bad: list[BadRow] = []
     keys: list[bytes] = []
@@ -49,27 +56,30 @@ def check(
     counted: Counter[str] = Counter()
     digest = hashlib.blake2b(digest_size=16)
     role = label_role(rows.columns)
+    at_fault = role or next((column.role for column in rows.columns if column.supervises), None)
     for position, raw in enumerate(rows):
         digest.update(repr([value_of(raw, name) for name in rows.mapping.values()]).encode())
         keys.append(rows.key(raw))
         labels.append(None)
         try:
             row = rows.read(position, raw=raw)
-            found = _classes_of(row.get(role)) if role else []
+            measured = rows.measured(row) if count or classes_of else row
+            label = row.get(role) if role else _listed(classes_of(measured) if classes_of else None)
+            found = _classes_of(label)
             unknown = [name for name in found if known is not None and name not in known]
             if unknown:
                 raise DataError(
-                    role,
+                    at_fault,
                     f"label {unknown[0]!r} is not among the {len(known or ())} of train."
                     f"{nearest(unknown[0], known or ())}",
                 )
-            names = list(count(row)) if count else []
+            names = list(count(measured)) if count else []
         except DataError as error:
             bad.append(rows.bad(position, error))
             continue
         classes.update(found)
         counted.update(names)
-        labels[-1] = row.get(role) if role else None
+        labels[-1] = label
         good.append(position)
         if progress and position % 256 == 0:
             progress(position, len(rows))
@@ -78,6 +88,10 @@ def check(
 
 def label_role(columns: Sequence[Column]) -> str | None:
     return next((column.role for column in columns if column.kind in ("label", "labels")), None)
+
+
+def _listed(names: Iterable[str] | None) -> list[str] | None:
+    return None if names is None else list(names)
 
 
 def _classes_of(value: Any) -> list[str]:
@@ -142,7 +156,8 @@ class Encoded:
 
     def __init__(self, rows: Rows, task: Task, bundle: Bundle, train: bool, supervised: bool = True):
         self.rows, self.task, self.bundle, self.train, self.supervised = rows, task, bundle, train, supervised
-        self.keep = media_kind(rows.columns) is None
+        self.varies = train and type(task).vary is not Task.vary
+        self.keep = media_kind(rows.columns) is None and not self.varies
         self.bad: list[BadRow] = []
         self.owner: list[int] = []
         self.costs: list[int] = []
@@ -178,11 +193,16 @@ class Encoded:
         return len(self.rows) - len(self.bad)
 
     def __getitem__(self, index: int) -> Sample:
+        return self.sample(index)
+
+    def sample(self, index: int, draw: Sequence[int] | None = None) -> Sample:
+        """A sample. draw: numbers that decide, with the index, how `Task.vary` changes it; None: not at all."""
         if self.keep:
             return self._kept[index]
         position = self.owner[index]
+        random = np.random.default_rng([*draw, index]) if draw is not None and self.varies else None
         try:
-            return self._encode(position, self.rows.raw(position))[self._part[index]]
+            return self._encode(position, self.rows.raw(position), random)[self._part[index]]
         except DataError as error:  # it was whole when the run began
             raise BadRows([self.rows.bad(position, error)]) from error
 
@@ -190,9 +210,12 @@ class Encoded:
         """The row of a sample, by role, media not opened: what a meter compares a prediction with."""
         return self.rows.read(self.owner[index])
 
-    def _encode(self, position: int, raw: Mapping[str, Any]) -> list[Sample]:
+    def _encode(
+        self, position: int, raw: Mapping[str, Any], random: np.random.Generator | None = None
+    ) -> list[Sample]:
         row = self.rows.read(position, media=True, raw=raw)
         row = row if self.supervised else self.task.to_predict(row)
+        row = row if random is None else self.task.vary(row, random)
         samples = self.task.encode(row, self.bundle, self.train)
         return samples if isinstance(samples, list) else [samples]
 

@@ -59,7 +59,7 @@ def evaluate(
         for index, prediction in zip(micro.samples, predictions, strict=True):
             if (row := joined.add(index, prediction)) is not None:
                 meter.update(*row)
-    means = {name: value / count if count else 0.0 for name, value in {"loss": total, **parts}.items()}
+    means = {name: value / (count or 1.0) for name, value in {"loss": total, **parts}.items()}
     return task.finish({**means, **meter.result()})
 
 

@@ -134,7 +134,7 @@ def cache_features(bundle: Bundle, limit_gb: float) -> CachedBase | None:
     """Puts a CachedBase in the place of the model's base; None if the model has no base apart from its head,
     or one whose features have no length of their own."""
     found = base_module(bundle)
-    if found is None or limit_gb <= 0 or _writes_beside_what_it_reads(bundle):
+    if found is None or limit_gb <= 0 or not bundle.cacheable or _writes_beside_what_it_reads(bundle):
         return None
     name, base = found
     cached = CachedBase(base, limit_gb * 1e9)

@@ -87,6 +87,27 @@ def open_image(value: Any, column: str, root: Path | None, limits: Limits) -> Im
         raise DataError(column, f"{named} can't be decoded: {error}") from error
 
 
+def image_size(value: Any, column: str, root: Path | None) -> tuple[int, int]:
+    """Width and height of the image as `open_image` gives it, EXIF rotation applied, from the file's header alone.
+
+    Raises DataError for a file that is empty or no image; what is wrong with its pixels shows when it is opened.
+    """
+    from PIL import ExifTags, Image
+
+    source = locate(value, column, root)
+    named = f"the file {source.name!r}" if isinstance(source, Path) else "the image"
+    try:
+        with _pillows_limit_off(), warnings.catch_warnings(), Image.open(source) as image:
+            warnings.simplefilter("ignore", UserWarning)
+            lies_on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            width, height = image.size
+    except Image.UnidentifiedImageError as error:
+        raise DataError(column, f"{named} is not an image that Pillow can read") from error
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError) as error:
+        raise DataError(column, f"{named} can't be decoded: {error}") from error
+    return (height, width) if lies_on_its_side else (width, height)
+
+
 @contextlib.contextmanager
 def _pillows_limit_off() -> Iterator[None]:
     """Pillow's own limit on pixels is one of the process; ours, checked instead, is the run's."""

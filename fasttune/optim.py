@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,8 @@ class Optimizer:
         self.masters: dict[str, Tensor] = adapted.masters
         self.depths = block_depths(adapted.bundle, self.parameters)
         self.blocks = len(adapted.bundle.blocks)
+        self._rates = adapted.bundle.rates
+        self._clip = 1.0 if config.clip is None else config.clip
         strategy = adapted.strategy
         self._decay = strategy.layer_decay if isinstance(strategy, Full) else 1.0
         self._unfreeze = strategy.gradual_unfreezing if isinstance(strategy, Full) else 0.0
@@ -58,6 +60,7 @@ class Optimizer:
         for name, master in self.masters.items():
             in_head = any(name == part or name.startswith(part + ".") for part in head)
             peak = head_lr if in_head else lr * self._decay ** self.depths[name]
+            peak *= self._rates.get(_longest(name, self._rates), 1.0)
             groups.setdefault((peak, master.dim() > 1), []).append(master)
         decay = self.config.optimizer.weight_decay
         return [
@@ -83,8 +86,8 @@ class Optimizer:
         norm = torch.nn.utils.get_total_norm(gradients)
         taken = bool(torch.isfinite(norm)) and count > 0
         if taken:
-            if self.config.clip > 0:
-                torch._foreach_mul_(gradients, float((self.config.clip / (norm + 1e-6)).clamp(max=1.0)))
+            if self._clip > 0:
+                torch._foreach_mul_(gradients, float((self._clip / (norm + 1e-6)).clamp(max=1.0)))
             for group in self.torch.param_groups:
                 group["lr"] = group["peak"] * lr_factor(self.config.schedule, step, self.steps)
             self.torch.step()
@@ -128,6 +131,11 @@ class Optimizer:
             name, _, entry = key.rpartition("/")
             self.torch.state[self.masters[name]][entry] = value.clone()
         self.publish()
+
+
+def _longest(name: str, modules: Iterable[str]) -> str:
+    """The longest of the modules' names that a parameter lies in; "" if it lies in none."""
+    return max((module for module in modules if name.startswith(f"{module}.")), key=len, default="")
 
 
 def _make(groups: list[dict], config: Train) -> torch.optim.Optimizer:

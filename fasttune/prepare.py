@@ -14,7 +14,7 @@ import torch
 from fasttune import task as tasks
 from fasttune.adapt import DTYPES, Adapted, adapt
 from fasttune.config import SHARE_HELD_OUT, RunConfig, validate_options
-from fasttune.data import Checked, Encoded, check, hold_out, label_role, settle, sort_classes
+from fasttune.data import Checked, ClassesOf, Count, Encoded, check, hold_out, settle, sort_classes
 from fasttune.errors import BadRow, BadRows, DataError
 from fasttune.media import Limits
 from fasttune.progress import Progress
@@ -117,7 +117,7 @@ def open_tables(config: RunConfig, task: Task, progress: Progress, signals: Sign
             signals.poll("reading data")
             progress.preparing(f"reading {rows.table.name}", done, total)
 
-        return check(rows, known, report, task.count)
+        return check(rows, known, report, *looks(task))
 
     limits = Limits(config.data.max_pixels, config.data.max_audio_seconds)
     media = media_kind(task.columns)
@@ -155,7 +155,7 @@ def open_tables(config: RunConfig, task: Task, progress: Progress, signals: Sign
             valid,
             notes,
         )
-    second = look(other, set(first.classes) if label_role(task.columns) else None)
+    second = look(other, set(first.classes))
     known = set(first.keys)
     shared = sum(key in known for key in second.keys)
     if shared:
@@ -173,6 +173,13 @@ def open_tables(config: RunConfig, task: Task, progress: Progress, signals: Sign
         valid,
         notes,
     )
+
+
+def looks(task: Task) -> tuple[Count | None, ClassesOf | None]:
+    """`Task.count` and `Task.classes_of`, where the task has one of its own."""
+    kind = type(task)
+    count = None if kind.count is Task.count else task.count
+    return count, None if kind.classes_of is Task.classes_of else task.classes_of
 
 
 def _check_columns(task: Task, rows: Rows) -> None:
@@ -257,8 +264,7 @@ def prepare_rows(
     columns = [column for column in task.columns if supervised or not column.supervises]
     named = {role: name for role, name in named.items() if role in {column.role for column in columns}}
     rows = open_rows(table, columns, named, limits)
-    known = set(labels or ()) if label_role(columns) else None
-    seen = check(rows, known)
+    seen = check(rows, set(labels or ()), classes_of=looks(task)[1] if supervised else None)
     encoded = Encoded(rows.take(seen.good), task, bundle, train=False, supervised=supervised).fill()
     bad = [*seen.bad, *encoded.bad]
     if bad:

@@ -102,7 +102,10 @@ def render(
     )
 
 
-def _short(value: float) -> str:
+def _short(value: float | None) -> str:
+    """None, what can't be measured (a class without small objects), is a dash."""
+    if value is None:
+        return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 

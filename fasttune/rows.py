@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fasttune.errors import BadRow, DataError, nearest
-from fasttune.media import Limits, locate, open_audio, open_image
+from fasttune.media import Limits, image_size, locate, open_audio, open_image
 from fasttune.readers import Table
 from fasttune.task import Column
 
@@ -202,6 +202,13 @@ class Rows:
             except ValueError as error:
                 raise DataError(column.role, str(error)) from error
         return row
+
+    def measured(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row that `read` gave, with (width, height) in the place of each image, from the file's header.
+
+        Raises DataError for a file that is no image."""
+        images = [column.role for column in self.columns if column.kind == "image" and column.role in row]
+        return {**row, **{role: image_size(row[role], role, self.table.root) for role in images}}
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         """Raw rows, in order; faster than `raw` one by one."""

@@ -84,7 +84,8 @@ def finetune(
         try:
             prepared = prepare(config, progress, signals, remote_code)
             bundle = prepared.bundle
-            config = configs.resolve_rates(config, width_of(bundle), bundle.head_is_new and not bundle.writes_text)
+            fresh_head = bundle.head_is_new and not bundle.writes_text
+            config = configs.resolve_rates(config, width_of(bundle), fresh_head, bundle.clip)
             config = _written_out(config, prepared)
             for note in prepared.notes:
                 progress.note(note)

@@ -89,6 +89,11 @@ class Bundle:
     lora_targets: names of the modules that LoRA adapts when the user names none.
     padding: the value that fills a tensor up when samples differ in length, by tensor name; 0 if not named.
     notes: what the user should know, such as "head replaced: 2 classes became 5".
+    rates: a factor on the learning rate of modules, by name: a pretrained backbone under a transformer that learns
+        faster. The longest name that fits a parameter counts.
+    clip: the norm that such models have their gradient clipped to, where the run file names none; None: 1.
+    cacheable: False if what the head reads of a sample is more than the base's output has rows for it (one tensor
+        a layer, [layers, N, ...]), so that the features of a frozen base can't be kept a sample.
     """
 
     model: nn.Module
@@ -99,6 +104,9 @@ class Bundle:
     padding: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     head_is_new: bool = True
+    rates: Mapping[str, float] = field(default_factory=dict)
+    clip: float | None = None
+    cacheable: bool = True
 
     @property
     def writes_text(self) -> bool:
@@ -123,8 +131,9 @@ class Sample:
 @dataclass
 class Loss:
     """A SUM over what is supervised, and its COUNT: never a mean, so that the host can normalise once over
-    micro-batches and ranks. total: 0-d, fp32, differentiable. count: number of supervised items. parts: further
-    sums over the same items by name, such as how many were right; an evaluation reports each divided by count."""
+    micro-batches and ranks. total: 0-d, fp32, differentiable. count: number of supervised items; where a whole
+    step has none and yet a loss (pictures without objects), it is divided by one. parts: further sums over the
+    same items by name, such as how many were right; an evaluation reports each divided by count."""
 
     total: Tensor
     count: Tensor | float
@@ -274,6 +283,13 @@ class Task:
         missing (prediction). Raises DataError(column, why) for a row that can't be used."""
         raise NotImplementedError
 
+    def vary(self, row: dict[str, Any], random: np.random.Generator) -> dict[str, Any]:
+        """The row as training is to see it this once, for `encode`: flipped, cropped, recoloured. row: by role,
+        media opened; it is not changed. random: this row's own in this epoch, the same after a resume and in any
+        worker. What `encode` makes of it must cost what the row itself does, and be as many samples. Called for
+        training batches only: rows are checked, and evaluated, as they are."""
+        return row
+
     def to_predict(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row as `encode` is to get it where a prediction is all that is wanted, columns that supervise left
         out. Override it where one column holds both what is given and what is to be predicted: a conversation."""
@@ -333,9 +349,17 @@ class Task:
         """
         return None
 
+    def classes_of(self, row: Mapping[str, Any]) -> Iterable[str] | None:
+        """The classes that a row names where they don't stand in a label column: those of its boxes, each as often
+        as it occurs. The host collects and sorts them as it does a column's, and a row of valid that names one
+        that train lacks is a bad row. row: as for `count`. None: a task without such classes. Raises
+        DataError(column, why) for a row that can't be used."""
+        return None
+
     def count(self, row: Mapping[str, Any]) -> Iterable[str]:
-        """Names under which `resolve` is to find this row counted, beside the classes of a label column. row: by
-        role, values checked, media not opened. Raises DataError(column, why) for a row that can't be used."""
+        """Names under which `resolve` is to find this row counted, beside the classes. row: by role, values
+        checked, audio not opened, of an image its (width, height). Raises DataError(column, why) for a row that
+        can't be used."""
         return ()
 
     def meter(self) -> Meter:

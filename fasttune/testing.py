@@ -36,7 +36,7 @@ from fasttune.config import Full, Head, Lora
 from fasttune.data import Encoded, check
 from fasttune.errors import BadRow
 from fasttune.media import Limits
-from fasttune.prepare import build_bundle
+from fasttune.prepare import build_bundle, looks
 from fasttune.readers import MixedRows, Table
 from fasttune.rows import Rows, open_rows
 from fasttune.task import Bundle, Sample, Source, Task, primary_metric
@@ -328,7 +328,7 @@ class TaskConformance:
     def _find_bad(self, task: Task, bundle: Bundle, rows: list[dict[str, Any]]) -> list[BadRow]:
         table = self._rows(task, rows)
         known = set(self.labels) or None
-        seen = check(table, known)
+        seen = check(table, known, classes_of=looks(task)[1])
         return [*seen.bad, *Encoded(table.take(seen.good), task, bundle, train=True).fill().bad]
 
     def test_predictions_are_json(self, subject: Task, bundle: Bundle, encoded: Encoded) -> None:

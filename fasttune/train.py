@@ -82,6 +82,7 @@ def train(
             optimizer.collect()
             total, count = total + float(loss.total.detach()), count + float(loss.count)
         raise_pending()
+        count = count or float(total != 0.0)  # nothing is counted, and yet there is a loss
         lr = optimizer.lr(step)
         done = optimizer.step(step, count if _finite(total) else 0.0)
         skipped = 0 if done.taken else skipped + 1

@@ -1,17 +1,26 @@
 """Buckets, collation, positions."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from fasttune.batching import Batches, Loader, Position, collate, cut, plan_epoch, plan_in_order_of_cost, tighten
-from fasttune.task import Sample
+from fasttune.data import Encoded
+from fasttune.media import Limits
+from fasttune.readers import MixedRows, Table
+from fasttune.rows import open_rows
+from fasttune.task import Bundle, Column, Sample, Task
 
 
 class Samples(list):
     """Encoded samples without rows behind them."""
 
     keep = True
+
+    def sample(self, index, draw=None):
+        return self[index]
 
     @property
     def costs(self):
@@ -105,3 +114,51 @@ def test_costs_of_a_micro_batch_tell_its_padding():
     micro = Loader(make([3, 5, 9]), {}).load([0, 2])
     assert (micro.cost, micro.padded_cost) == (12, 18)
     assert micro.tensors["ids"].tolist() == [[1, 2, 3, 0, 0, 0, 0, 0, 0], list(range(1, 10))]
+
+
+class Rolled(Task):
+    """A number and, in training, a draw of its row."""
+
+    columns = (Column("number", "number"),)
+
+    def vary(self, row, random):
+        return {**row, "draw": random.integers(0, 2**31)}
+
+    def encode(self, row, bundle, train):
+        return Sample({"number": np.float32(row["number"]), "draw": np.int64(row.get("draw", -1))}, cost=1)
+
+
+def rolled(train=True):
+    rows = open_rows(Table("rows", MixedRows({"number": i} for i in range(10))), Rolled.columns, {}, Limits())
+    return Encoded(rows, Rolled(), Bundle(torch.nn.Linear(1, 1), None, (), (), ()), train=train).fill()
+
+
+def draws(batches, position, count):
+    """The draw of each row, by (step, row)."""
+    found = {}
+    for step, (micro_batches, _) in enumerate(itertools.islice(batches.starting(position), count)):
+        for micro in micro_batches:
+            numbers, drawn = micro.tensors["number"].tolist(), micro.tensors["draw"].tolist()
+            found |= {(step, number): draw for number, draw in zip(numbers, drawn, strict=True)}
+    return found
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rows_vary_by_seed_epoch_and_row_alone(workers):
+    """Whatever the accumulation, the workers, and the step that a resumed run starts at."""
+    encoded = rolled()
+    first = draws(Batches(Loader(encoded, {}, workers), 4, 1, 17), Position(), 6)
+    assert len(first) == len(set(first.values())) == 20
+    assert draws(Batches(Loader(encoded, {}, workers), 4, 2, 17), Position(), 6) == first
+    resumed = draws(Batches(Loader(encoded, {}, workers), 4, 1, 17), Position(1, 1), 2)
+    assert resumed == {(step - 4, row): draw for (step, row), draw in first.items() if step >= 4}
+    assert not set(draws(Batches(Loader(encoded, {}, workers), 4, 1, 18), Position(), 6).values()) & {
+        *first.values()
+    }
+
+
+def test_rows_that_are_looked_at_do_not_vary():
+    encoded, valid = rolled(), rolled(train=False)
+    assert encoded[3].tensors["draw"] == valid[3].tensors["draw"] == -1
+    assert valid.sample(3, (17, 0)).tensors["draw"] == -1
+    assert next(iter(Loader(valid, {}).along([[0, 1]]))).tensors["draw"].tolist() == [-1, -1]

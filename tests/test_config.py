@@ -278,6 +278,16 @@ def test_a_pretrained_head_learns_no_faster_than_the_rest() -> None:
     assert config.train.lr == config.train.head_lr == pytest.approx(5e-5)
 
 
+@pytest.mark.parametrize(
+    ("chosen", "of_the_model", "clip"), [(None, None, 1.0), (None, 0.1, 0.1), (0.5, 0.1, 0.5), (0.0, 0.1, 0.0)]
+)
+def test_clipping_is_as_chosen_or_as_the_model_wants_it(
+    chosen: float | None, of_the_model: float | None, clip: float
+) -> None:
+    config = build() if chosen is None else build(f"train.clip={chosen}")
+    assert configs.resolve_rates(config, 768, clip=of_the_model).train.clip == clip
+
+
 def test_resolve_writes_out_what_depends_on_the_strategy() -> None:
     config = configs.resolve(build(strategy="lora", model="hub/some model"), precision="bf16")
     assert config.train.precision == "bf16"

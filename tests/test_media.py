@@ -14,7 +14,7 @@ import soundfile
 from PIL import Image
 
 from fasttune.errors import DataError
-from fasttune.media import Limits, open_audio, open_image
+from fasttune.media import Limits, image_size, open_audio, open_image
 
 LIMITS = Limits()
 
@@ -270,3 +270,22 @@ def test_samples_as_datasets_decodes_them(tmp_path: Path) -> None:
     assert open_audio(stereo, "audio", tmp_path, LIMITS).samples.ndim == 1
     long = {"array": np.zeros(16001), "sampling_rate": 8000}
     assert "data.max_audio_seconds" in refused_audio(long, tmp_path, Limits(max_seconds=1.5))
+
+
+@pytest.mark.parametrize("orientation", [None, *range(1, 9)])
+def test_a_size_is_that_of_the_opened_image(tmp_path: Path, orientation: int | None) -> None:
+    """Read from the header, EXIF rotation applied."""
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    Image.new("RGB", (30, 20)).save(tmp_path / "picture.jpg", exif=exif)
+    assert image_size("picture.jpg", "image", tmp_path) == opened(tmp_path, "picture.jpg").shape[1::-1]
+    data = {"bytes": (tmp_path / "picture.jpg").read_bytes()}
+    assert sorted(image_size(data, "image", None)) == [20, 30]
+
+
+@pytest.mark.parametrize(("content", "why"), [(b"", "is empty"), (b"no picture", "is not an image")])
+def test_what_has_no_size_is_refused(tmp_path: Path, content: bytes, why: str) -> None:
+    (tmp_path / "broken.png").write_bytes(content)
+    with pytest.raises(DataError, match=why):
+        image_size("broken.png", "image", tmp_path)

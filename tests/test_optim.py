@@ -60,6 +60,18 @@ def test_layer_decay_goes_down_from_the_head_and_norms_have_no_weight_decay():
     assert peak["0.weight"] == pytest.approx(0.0125)
 
 
+def test_modules_have_rates_of_their_own():
+    """The longest name counts; the head's rate is multiplied too."""
+    bundle = mlp()
+    bundle.rates = {"0": 0.1, "3": 0.5, "30": 9.0}
+    optimizer = Optimizer(adapt(bundle, Full()), settings(lr=0.1, head_lr=0.4), 1)
+    names = {id(master): name for name, master in optimizer.masters.items()}
+    peaks = {names[id(m)]: group["peak"] for group in optimizer.torch.param_groups for m in group["params"]}
+    assert peaks["0.weight"] == pytest.approx(0.01)
+    assert peaks["1.weight"] == pytest.approx(0.1)
+    assert peaks["3.weight"] == pytest.approx(0.2)
+
+
 def run(pieces, dtype=torch.float32, steps=3):
     """Trains on 32 rows of unequal weight, cut into `pieces`; returns the masters."""
     bundle = mlp()

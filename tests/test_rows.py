@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fasttune.data import Encoded, check, sort_classes
 from fasttune.errors import DataError
@@ -341,3 +342,40 @@ def test_rows_are_counted_by_what_the_task_names() -> None:
     assert seen.counted == {"long": 2}
     assert seen.good.tolist() == [0, 1, 3]
     assert [(bad.row, bad.column, bad.why) for bad in seen.bad] == [(3, "text", "expected a word")]
+
+
+class Boxes(Task):
+    """Classes inside a JSON column, one of them to be refused."""
+
+    columns = (Column("image", "image"), Column("objects", "json", target=True))
+
+    def classes_of(self, row: Any) -> list[str]:
+        if "!" in row["objects"]:
+            raise DataError("objects", "expected a class")
+        return [f"{name} of {row['image'][0]}" for name in row["objects"]]
+
+
+def test_classes_that_no_label_column_holds(tmp_path: Path) -> None:
+    """They are counted as often as they occur, with the image's size at hand; valid may name no others."""
+    for name, size in (("wide", (30, 20)), ("high", (20, 30))):
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+    (tmp_path / "text.png").write_text("no picture")
+
+    def rows_of(*rows: tuple[str, list[str]]) -> Rows:
+        table = Table("rows", MixedRows({"image": image, "objects": objects} for image, objects in rows), tmp_path)
+        return open_rows(table, Boxes.columns, {}, Limits())
+
+    task = Boxes()
+    train = check(
+        rows_of(("wide.png", ["a", "b", "a"]), ("high.png", []), ("wide.png", ["!"]), ("text.png", ["a"])),
+        classes_of=task.classes_of,
+    )
+    assert train.classes == {"a of 30": 2, "b of 30": 1}
+    assert train.labels[:2] == [["a of 30", "b of 30", "a of 30"], []]
+    assert train.good.tolist() == [0, 1]
+    assert [(bad.row, bad.column) for bad in train.bad] == [(3, "objects"), (4, "image")]
+    valid = check(
+        rows_of(("wide.png", ["b"]), ("high.png", ["b"])), set(train.classes), classes_of=task.classes_of
+    )
+    assert [(bad.row, bad.column) for bad in valid.bad] == [(2, "objects")]
+    assert "'b of 20' is not among the 2 of train" in valid.bad[0].why

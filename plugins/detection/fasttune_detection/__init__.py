@@ -1,1 +1,1 @@
-"""Object detection and segmentation for fasttune."""
+"""Object detection for fasttune."""

@@ -4,6 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw
+from pydantic import ValidationError
+
 from fasttune_detection.augment import (
     MOVES,
     AugmentOptions,
@@ -14,8 +17,6 @@ from fasttune_detection.augment import (
     recoloured,
 )
 from fasttune_detection.boxes import Objects
-from PIL import Image, ImageDraw
-from pydantic import ValidationError
 
 OFF = {"flip": 0, "scale": None, "crop": 0, "colour": 0}
 ONLY = {

@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from fasttune_detection.boxes import Objects, clipped, convert, read_annotations, read_objects, resized
 
 from fasttune.errors import DataError
+from fasttune_detection.boxes import Objects, clipped, convert, read_annotations, read_objects, resized
 
 SIZE = (200, 100)
 XYXY = [[10, 20, 60, 80], [0.5, 0, 199.5, 100]]

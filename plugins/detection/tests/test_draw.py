@@ -4,8 +4,9 @@ import itertools
 
 import numpy as np
 import pytest
-from fasttune_detection.draw import as_image, colour, draw, sheet
 from PIL import Image
+
+from fasttune_detection.draw import as_image, colour, draw, sheet
 
 PAPER = (200, 200, 200)
 

@@ -11,11 +11,11 @@ import sys
 
 import numpy as np
 import pytest
-from fasttune_detection.meters import DetectionMeter, SegmentationMeter
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from fasttune.errors import DataError
+from fasttune_detection.meters import DetectionMeter, SegmentationMeter
 
 NAMES = ("mAP", "mAP50", "mAP75", "mAP_small", "mAP_medium", "mAP_large", "mAR1", "mAR10", "mAR100")
 NAMES += ("mAR_small", "mAR_medium", "mAR_large")  # as pycocotools lists them

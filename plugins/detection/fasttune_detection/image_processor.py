@@ -1,0 +1,189 @@
+"""Image processors without torchvision: which one, to which size, and the same numbers faster."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import transformers
+from PIL import Image
+from transformers import AutoImageProcessor, PreTrainedConfig
+from transformers.image_transforms import get_size_with_aspect_ratio
+
+from fasttune.errors import ConfigError, ModelError
+from fasttune.models.checkpoint import LOADING_ERRORS, load_arguments, quiet, trouble
+from fasttune.task import Source
+from fasttune_detection.families import HEED_PADDING, PROCESSORS
+from fasttune_detection.options import DetectionOptions
+
+_STRIDE = 32  # of the coarsest features that these models read: other sizes are padded inside the model
+_FILE = "preprocessor_config.json"
+_SETTINGS = frozenset(
+    {"do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"}
+)
+
+
+def load_processor(
+    source: Source, config: PreTrainedConfig, options: DetectionOptions
+) -> tuple[Any, tuple[str, ...]]:
+    """The family's processor on Pillow, its size as the options or train's images want it, and notes for the user.
+
+    Raises ModelError if the checkpoint's own can't be read, or the model is of a family that is not known here.
+    """
+    kind = PROCESSORS.get(config.model_type)
+    if kind is None:
+        raise ModelError(
+            f"model {str(source)!r} is of type {config.model_type!r}, which can't be trained: transformers has no "
+            f"loss for it, or fasttune doesn't know how to read it. Known: {', '.join(PROCESSORS)}"
+        )
+    settings, notes = _settings(source, kind)
+    settings["do_resize"] = True
+    stated = settings["size"]
+    if config.model_type in HEED_PADDING:
+        size, why = _edges(stated, options)
+        now = "shortest edge {shortest_edge}, longest at most {longest_edge}".format(**size)
+        settings["do_pad"] = True
+    else:
+        size, why = _sides(stated, options, _multiple(config))
+        now = "{height} x {width} (height x width), whatever their shape".format(**size)
+        settings["do_pad"] = False
+    settings.pop("pad_size", None)
+    cost = _pixels(stated, options) / _pixels(size, options)
+    saved = f"; the checkpoint's own size would cost {cost:.1f} times the pixels" if cost > 1.05 else ""
+    if cost < 0.95:
+        saved = f"; that costs {1 / cost:.1f} times the pixels of the checkpoint's own size"
+    settings["size"] = size
+    return getattr(transformers, kind).from_dict(settings), (*notes, f"images: {now}: {why}{saved}")
+
+
+def _settings(source: Source, kind: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Those of the checkpoint's processor, in the words of the class that is used here."""
+    default = getattr(transformers, kind)().to_dict()
+    if not Path(source, _FILE).is_file() and Path(source).is_dir():
+        return default, (f"no {_FILE}: images are normalised as {default['image_processor_type']} does it",)
+    try:
+        with quiet():
+            own = AutoImageProcessor.from_pretrained(source, backend="pil", **load_arguments(source)).to_dict()
+    except LOADING_ERRORS as error:
+        own = _local(source)
+        if own is None:
+            raise trouble(source, f"its image processor ({_FILE})", error) from error
+    size = own.get("size") or default["size"]
+    if isinstance(size, int):
+        size = {"shortest_edge": size, "longest_edge": own.get("max_size") or size * 1333 // 800}
+    return default | {name: own[name] for name in _SETTINGS & own.keys()} | {"size": dict(size)}, ()
+
+
+def _local(source: Source) -> dict[str, Any] | None:
+    """A processor whose class needs torchvision: what its file says."""
+    path = Path(source, _FILE)
+    if not path.is_file():
+        return None
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"model {str(source)!r}: {_FILE} is not valid JSON: {error}") from error
+    return settings if isinstance(settings, dict) and "size" in settings else None
+
+
+def _edges(stated: dict[str, Any], options: DetectionOptions) -> tuple[dict[str, int], str]:
+    """{"shortest_edge", "longest_edge"}, and where they come from."""
+    if options.size is not None:
+        return dict(zip(("shortest_edge", "longest_edge"), sorted(options.size), strict=True)), "options.size"
+    if "height" in stated:
+        shortest, longest = sorted((stated["height"], stated["width"]))
+    else:
+        shortest = stated["shortest_edge"]
+        longest = stated.get("longest_edge") or shortest * 1333 // 800
+    if options.edges is None or (shortest, longest) <= options.edges:
+        return {"shortest_edge": shortest, "longest_edge": longest}, "the checkpoint's own"
+    least = min(shortest, options.edges[0])
+    return {"shortest_edge": least, "longest_edge": max(least, min(longest, options.edges[1]))}, "train's median"
+
+
+def _sides(stated: dict[str, Any], options: DetectionOptions, multiple: int) -> tuple[dict[str, int], str]:
+    """{"height", "width"}, and where they come from."""
+    if options.size is not None:
+        height, width = options.size
+        if height % multiple or width % multiple:
+            near = [max(multiple, round(side / multiple) * multiple) for side in options.size]
+            raise ConfigError(
+                f"options.size: {[*options.size]}: this model takes multiples of {multiple}, such as {near}"
+            )
+        return {"height": height, "width": width}, "options.size"
+    if "height" in stated:
+        height, width = stated["height"], stated["width"]
+    else:  # the checkpoint keeps the aspect ratio: a batch of it would be padded, which this model does not heed
+        height = width = stated["shortest_edge"]
+    why = "the checkpoint's own"
+    if options.image_size is not None:
+        longest = max(stated.get("longest_edge") or 0, height, width)
+        if "height" not in stated:
+            height = width = longest
+        wide, high = options.image_size
+        if high < height or wide < width:
+            height, width, why = min(height, high), min(width, wide), "train's median"
+    sides = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
+    return {"height": sides[0], "width": sides[1]}, why
+
+
+def _multiple(config: PreTrainedConfig) -> int:
+    """What height and width must be multiples of."""
+    backbone: Any = getattr(config, "backbone_config", None) or config
+    patch: Any = getattr(backbone, "patch_size", None)
+    if patch is None:
+        return _STRIDE
+    windows = getattr(backbone, "num_windows_side", None) or getattr(backbone, "num_windows", 1)
+    return int(max(patch) if isinstance(patch, (list, tuple)) else patch) * int(windows)
+
+
+def _pixels(size: dict[str, Any], options: DetectionOptions) -> float:
+    """Of a resized image of train's median size."""
+    if "height" in size:
+        return float(size["height"] * size["width"])
+    shortest, longest = options.edges or (3, 4)
+    factor = min(size["shortest_edge"] / shortest, (size.get("longest_edge") or 1333) / longest)
+    return factor * shortest * factor * longest
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Makes what a processor makes of an image: resized, normalised.
+
+    table: float32 [3, 256], the normalised value of each of the 256 that a channel can have.
+    """
+
+    size: dict[str, int]
+    resample: Any
+    table: np.ndarray
+
+    @classmethod
+    def of(cls, processor: Any) -> Pixels:
+        settings = processor.to_dict()
+        values = np.broadcast_to(np.arange(256, dtype=np.uint8)[None, :, None], (3, 256, 1))
+        if settings["do_rescale"]:
+            values = processor.rescale(values, settings["rescale_factor"])
+        if settings["do_normalize"]:
+            values = processor.normalize(values, settings["image_mean"], settings["image_std"])
+        return cls(dict(settings["size"]), settings["resample"], values[..., 0].astype(np.float32))
+
+    def target(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) that an image of this (width, height) is resized to."""
+        if "height" in self.size:
+            return self.size["width"], self.size["height"]
+        width, height = size
+        high, wide = get_size_with_aspect_ratio(
+            (height, width), self.size["shortest_edge"], self.size["longest_edge"]
+        )
+        return max(1, wide), max(1, high)
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """float32 [3, height, width] of an image in RGB."""
+        values = np.asarray(image.resize(self.target(image.size), resample=self.resample))
+        out = np.empty((3, *values.shape[:2]), dtype=np.float32)
+        for channel in range(3):
+            np.take(self.table[channel], values[..., channel], out=out[channel], mode="clip")
+        return out
