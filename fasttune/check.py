@@ -59,7 +59,7 @@ def check(config: RunConfig, remote_code: str | None = None, draw: str | None = 
         unit: f"{min(costs):,} to {max(costs):,} a sample, mean {np.mean(costs):,.1f}",
         "padding": f"{_padding(costs, config):.1%} in buckets of {config.train.batch}",
         "samples": [_describe(prepared.train, i) for i in _first_samples(prepared.train.owner, _SAMPLES_SHOWN)],
-        **_draw(prepared.train, draw, config.output),
+        **_draw(prepared.train, draw, config),
         "steps": f"{steps:,} of {config.train.batch} rows, {batches.per_epoch:,} an epoch",
         "strategy": f"{config.strategy.kind}, {trained:,} parameters trained in {config.train.precision}",
         "learning rate": f"{config.train.lr:g}, head {config.train.head_lr:g}",
@@ -74,12 +74,13 @@ def _first_samples(owner: Sequence[int], most: int) -> list[int]:
     return list(islice(firsts, most))
 
 
-def _draw(encoded: Encoded, file: str | None, output: str) -> dict[str, str]:
-    """Writes `Task.sheet` of the first samples, if the task has it."""
+def _draw(encoded: Encoded, file: str | None, config: RunConfig) -> dict[str, str]:
+    """Writes `Task.sheet` of the first samples, as the first epoch varies them, if the task has it."""
     if type(encoded.task).sheet is Task.sheet:
         return {}
-    samples = [encoded[i] for i in _first_samples(encoded.owner, _SAMPLES_DRAWN)]
-    path = Path(file or f"{output}-samples.png")
+    first = _first_samples(encoded.owner, _SAMPLES_DRAWN)
+    samples = [encoded.sample(i, (config.train.seed, 0)) for i in first]
+    path = Path(file or f"{config.output}-samples.png")
     write_image(path, encoded.task.sheet(samples, encoded.bundle))
     return {"picture": f"{path}: the first {len(samples)} samples"}
 

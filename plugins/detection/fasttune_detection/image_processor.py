@@ -137,7 +137,7 @@ def _multiple(config: PreTrainedConfig) -> int:
     if patch is None:
         return _STRIDE
     windows = getattr(backbone, "num_windows_side", None) or getattr(backbone, "num_windows", 1)
-    return int(max(patch) if isinstance(patch, (list, tuple)) else patch) * int(windows)
+    return int(max(patch) if isinstance(patch, (list, tuple)) else patch) * int(windows or 1)
 
 
 def _pixels(size: dict[str, Any], options: DetectionOptions) -> float:
