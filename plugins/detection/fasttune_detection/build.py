@@ -50,6 +50,7 @@ def build(source: Source, labels: list[str], options: DetectionOptions) -> Bundl
         raise ModelError(f"model {str(source)!r}: {type(model).__name__} has no class layers that fasttune knows")
     blocks = _blocks(model, head)
     _follow_the_head(model, head)
+    _normalise_in_one_dtype(model)
     if random:
         notes = ("random weights: nothing is pretrained", *_train_batch_norms(model), *notes)
         head_note = f"new head: {_count(names)}"
@@ -144,6 +145,17 @@ def _follow_the_head(model: Any, head: tuple[str, ...]) -> None:
             module.training = first.training
 
     model.register_forward_pre_hook(follow)
+
+
+def _normalise_in_one_dtype(model: nn.Module) -> None:
+    """Activations that fp32 was mixed into (see `forward`) are of their layer norms' type again."""
+
+    def cast(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor.to(module.weight.dtype) for tensor in inputs)  # type: ignore[arg-type]
+
+    for module in model.modules():
+        if isinstance(module, (nn.LayerNorm, nn.GroupNorm)) and module.weight is not None:
+            module.register_forward_pre_hook(cast)
 
 
 def _train_batch_norms(model: nn.Module) -> tuple[str, ...]:

@@ -10,7 +10,6 @@ import transformers as hf
 from PIL import Image
 
 from fasttune.errors import ConfigError, ModelError
-from fasttune.prepare import build_bundle
 from fasttune.task import Source
 from fasttune_detection.build import _check_packages
 from fasttune_detection.image_processor import Pixels
@@ -24,7 +23,7 @@ KINDS += ["d_fine", "deimv2", "lw_detr"]
 def built(folder, labels=("a", "b", "c"), random=False, **options):
     source = Source(folder)
     source.random_weights = random
-    return build_bundle(ObjectDetection(DetectionOptions(**options)), source, list(labels), 1)
+    return ObjectDetection(DetectionOptions(**options)).build(source, list(labels))
 
 
 def notes_of(bundle):
