@@ -136,7 +136,8 @@ class Recorded(torch.utils.data.Dataset):
         return self.some[index]
 
 
-RATES = {"detr": 3e-4, "rt_detr": 0.003}
+# At higher rates a box is matched to another query within thirty steps, and the two part.
+RATES = {"detr": 1e-4, "rt_detr": 0.003}
 
 
 @pytest.mark.parametrize("kind", ["detr", "rt_detr"])
@@ -201,7 +202,7 @@ def test_thirty_losses_are_those_of_transformers_trainer(make_model, rectangles,
     theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(found) == len(theirs) == 30
     assert found[-1] < 0.95 * found[0], "losses that stay where they are prove nothing"
-    # fp32 sums in another order, until a box is matched to another query and the two part.
+    # fp32 sums in another order: 2e-5 was seen for DETR.
     assert found == pytest.approx(theirs, rel=5e-3)
     assert found[:5] == pytest.approx(theirs[:5], rel=2e-5)
 
