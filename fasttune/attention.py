@@ -34,7 +34,7 @@ from fasttune.ops import attention, backend, dropout
 
 NAME = "fasttune"
 _PLAIN_ARGUMENTS = frozenset(
-    ["module", "query", "key", "value", "attention_mask", "scaling", "dropout", "head_mask", "kwargs"]
+    {"module", "query", "key", "value", "attention_mask", "scaling", "dropout", "head_mask", "kwargs"}
 )
 _POSITION_BIAS = "position_bias"  # T5's family adds it to the scores, beside the mask
 # A model that asks for an implementation by name may do something for it that it would not do for ours. Asking for

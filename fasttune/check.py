@@ -22,7 +22,7 @@ from fasttune.prepare import UNITS, adapt_bundle, open_task, prepare, width_of
 from fasttune.progress import Progress
 from fasttune.rows import media_kind
 from fasttune.signals import Signals
-from fasttune.task import Task
+from fasttune.task import Task, overrides
 from fasttune.train import LossModule
 
 _SAMPLES_SHOWN = 3
@@ -36,7 +36,7 @@ def check(config: RunConfig, remote_code: str | None = None, draw: str | None = 
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = configs.resolve(config, precision=native_precision(device))
-    if draw is not None and type(open_task(config)[1]).sheet is Task.sheet:
+    if draw is not None and not overrides(open_task(config)[1], "sheet"):
         raise ConfigError(f"--draw: {config.task} draws no samples")
     with Signals() as signals:
         prepared = prepare(config, Progress(quiet=True), signals, remote_code)
@@ -76,7 +76,7 @@ def _first_samples(owner: Sequence[int], most: int) -> list[int]:
 
 def _draw(encoded: Encoded, file: str | None, config: RunConfig) -> dict[str, str]:
     """Writes `Task.sheet` of the first samples, as the first epoch varies them, if the task has it."""
-    if type(encoded.task).sheet is Task.sheet:
+    if not overrides(encoded.task, "sheet"):
         return {}
     first = _first_samples(encoded.owner, _SAMPLES_DRAWN)
     samples = [encoded.sample(i, (config.train.seed, 0)) for i in first]

@@ -13,7 +13,7 @@ import numpy as np
 
 from fasttune.errors import BadRow, BadRows, DataError, nearest
 from fasttune.rows import Rows, media_kind, value_of
-from fasttune.task import Bundle, Column, Sample, Task
+from fasttune.task import Bundle, Column, Sample, Task, overrides
 
 Progress = Callable[[int, int], None]  # (rows done, rows in all); may raise Stopped
 Count = Callable[[Mapping[str, Any]], Iterable[str]]
@@ -156,7 +156,7 @@ class Encoded:
 
     def __init__(self, rows: Rows, task: Task, bundle: Bundle, train: bool, supervised: bool = True):
         self.rows, self.task, self.bundle, self.train, self.supervised = rows, task, bundle, train, supervised
-        self.varies = train and type(task).vary is not Task.vary
+        self.varies = train and overrides(task, "vary")
         self.keep = media_kind(rows.columns) is None and not self.varies
         self.bad: list[BadRow] = []
         self.owner: list[int] = []

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +101,12 @@ def files(root: Path) -> list[Path]:
 
 
 def docstrings(path: Path) -> Iterator[Docstring]:
-    """The docstrings of a file; none of a file that is no Python 3."""
+    """The docstrings of a file; none of a file that can't be read or is no Python 3."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError, RecursionError):
+    except (OSError, SyntaxError, ValueError, RecursionError):
         return
     for node in _statements(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, *_FUNCTIONS)) and (text := ast.get_docstring(node)):
@@ -168,7 +169,7 @@ def _rows(
                 seen |= keys
                 sides[docstring.is_held_out].append(docstring)
         for place, side in enumerate(sides):
-            yield from ((place, row) for row in list(rows_of(side))[:_PER_FILE])
+            yield from ((place, row) for row in islice(rows_of(side), _PER_FILE))
 
 
 def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:

@@ -22,7 +22,7 @@ from fasttune.media import Limits
 from fasttune.prepare import build_bundle, open_task, prepare_rows, source_of
 from fasttune.readers import MixedRows, Table, read
 from fasttune.rows import media_kind
-from fasttune.task import Bundle, Source, Task
+from fasttune.task import Bundle, Source, Task, overrides
 
 _LONGEST_SHOWN = 400  # characters
 
@@ -59,7 +59,7 @@ class Model:
         return [prediction for _, prediction in found]
 
     def _folder_to_draw_in(self, folder: Path) -> Path:
-        if type(self.task).draw is Task.draw:
+        if not overrides(self.task, "draw"):
             raise ConfigError(f"--draw: {self.config.task} draws no pictures")
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise ConfigError(f"--draw {folder}: holds something already; name a new or an empty folder")

@@ -21,7 +21,7 @@ from fasttune.progress import Progress
 from fasttune.readers import Table, read
 from fasttune.rows import Rows, media_kind, open_rows
 from fasttune.signals import Signals
-from fasttune.task import Bundle, Plugin, Source, Task
+from fasttune.task import Bundle, Plugin, Source, Task, overrides
 
 UNITS = {"image": "pixels", "audio": "samples", None: "tokens"}
 
@@ -177,9 +177,10 @@ def open_tables(config: RunConfig, task: Task, progress: Progress, signals: Sign
 
 def looks(task: Task) -> tuple[Count | None, ClassesOf | None]:
     """`Task.count` and `Task.classes_of`, where the task has one of its own."""
-    kind = type(task)
-    count = None if kind.count is Task.count else task.count
-    return count, None if kind.classes_of is Task.classes_of else task.classes_of
+    return (
+        task.count if overrides(task, "count") else None,
+        task.classes_of if overrides(task, "classes_of") else None,
+    )
 
 
 def _check_columns(task: Task, rows: Rows) -> None:

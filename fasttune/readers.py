@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fasttune.errors import DataError
+from fasttune.layouts import SPLITS, Opened, Place, named_splits
 from fasttune.media import MEDIA_SUFFIXES
-from fasttune.task import SPLITS, Opened, Place, named_splits
 
 if TYPE_CHECKING:
     from datasets import Dataset

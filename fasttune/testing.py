@@ -39,7 +39,7 @@ from fasttune.media import Limits
 from fasttune.prepare import build_bundle, looks
 from fasttune.readers import MixedRows, Table
 from fasttune.rows import Rows, open_rows
-from fasttune.task import Bundle, Sample, Source, Task, primary_metric
+from fasttune.task import Bundle, Sample, Source, Task, overrides, primary_metric
 
 __all__ = ["Full", "Head", "Lora", "TaskConformance", "collate"]
 
@@ -274,11 +274,11 @@ class TaskConformance:
 
     def test_what_it_draws_are_pictures(self, subject: Task, bundle: Bundle, encoded: Encoded) -> None:
         """Of samples, where the task has a sheet; of a row without its targets, where it draws predictions."""
-        if type(subject).sheet is not Task.sheet:
+        if overrides(subject, "sheet"):
             first = [encoded[i] for i in range(8)]
             for samples in (first, first[:1]):
                 assert min(subject.sheet(samples, bundle).size) > 0, "the sheet is empty"
-        if type(subject).draw is not Task.draw:
+        if overrides(subject, "draw"):
             targets = {column.role for column in subject.columns if column.supervises}
             for position in range(len(encoded.rows)):
                 row = encoded.rows.read(position, media=True)

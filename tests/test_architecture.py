@@ -20,6 +20,7 @@ ORDER = (
     "explain",
     "config",
     "docstrings",
+    "layouts",
     "task",
     "ops",
     "models",
@@ -56,7 +57,7 @@ ORDER = (
 )
 """A module imports only what stands before it. `testing` may import all of them, and none may import it."""
 
-FOR_PLUGINS = {"errors", "docstrings", "task", "ops", "models"}
+FOR_PLUGINS = {"errors", "docstrings", "layouts", "task", "ops", "models"}
 FOR_TESTS_OF_PLUGINS = FOR_PLUGINS | {"testing", "", "cli"}  # "": what `import fasttune` offers to everyone
 SERIALIZERS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 LOADERS_OF_PICKLES = {("torch", "load"), ("torch", "save"), ("pd", "read_pickle"), ("pandas", "read_pickle")}

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from fasttune.errors import DataError
+from fasttune.layouts import Opened, Place
 from fasttune.readers import Table, read
-from fasttune.task import Opened, Place
 
 ROWS: list[dict[str, Any]] = [
     {"text": "plain", "label": "a"},

@@ -1,25 +1,20 @@
 """Image processors without torchvision, and input sizes other than the pretrained one."""
 
-import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoImageProcessor, PreTrainedConfig, ViTImageProcessorPil
+from transformers import PreTrainedConfig, ViTImageProcessorPil
 from transformers.utils.import_utils import is_timm_available, is_torchvision_available
 
 from fasttune.errors import ModelError
-from fasttune.models.checkpoint import LOADING_ERRORS, load_arguments, quiet, trouble
+from fasttune.models.images import SETTINGS, load_image_processor
 from fasttune.task import Source
 
 _TIMM = "timm_wrapper"
-_SIMPLE_KEYS = frozenset(
-    {"do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"}
-    | {"do_center_crop", "crop_size"}
-)
+_CROP = frozenset({"do_center_crop", "crop_size"})
 
 
 def load_processor(source: Source, config: PreTrainedConfig, side: int | None) -> tuple[Any, tuple[str, ...]]:
@@ -75,29 +70,13 @@ def fit_model(source: Source, model: Any, side: int) -> None:
 
 
 def _load(source: Source) -> tuple[Any, tuple[str, ...]]:
-    try:
-        with quiet():
-            return AutoImageProcessor.from_pretrained(source, backend="pil", **load_arguments(source)), ()
-    except LOADING_ERRORS as error:
-        settings = _local_settings(source)
-        if settings is None:
-            raise trouble(source, "its image processor (preprocessor_config.json)", error) from error
-    kept = {name: value for name, value in settings.items() if name in _SIMPLE_KEYS}
-    stated = settings.get("image_processor_type", "its image processor")
+    found = load_image_processor(source, {"size", "image_mean"})
+    if not isinstance(found, dict):
+        return found, ()
+    kept = {name: found[name] for name in (SETTINGS | _CROP) & found.keys()}
+    stated = found.get("image_processor_type", "its image processor")
     note = f"{stated} is not available here: images are resized and normalised by its settings alone"
     return ViTImageProcessorPil.from_dict(kept), (note,)
-
-
-def _local_settings(source: Source) -> dict[str, Any] | None:
-    """preprocessor_config.json, if it tells how images are normalised."""
-    path = Path(source, "preprocessor_config.json")
-    if not path.is_file():
-        return None
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"model {str(source)!r}: preprocessor_config.json is not valid JSON: {error}") from error
-    return settings if isinstance(settings, dict) and {"size", "image_mean"} <= settings.keys() else None
 
 
 def _sized(settings: dict[str, Any], size: dict[str, Any], side: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fasttune.errors import DataError, nearest
-from fasttune.task import SPLITS, Opened, Place, named_splits
+from fasttune.layouts import SPLITS, Opened, Place, named_splits
 from fasttune_detection.places import listed, notes_on_names, objects_or_fault
 
 _LOOKED_FOR = 64  # image files, spread over all, by which the images' folder is found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,16 @@ from typing import Any
 import numpy as np
 import transformers
 from PIL import Image
-from transformers import AutoImageProcessor, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.image_transforms import get_size_with_aspect_ratio
 
 from fasttune.errors import ConfigError, ModelError
-from fasttune.models.checkpoint import LOADING_ERRORS, load_arguments, quiet, trouble
+from fasttune.models.images import PROCESSOR_FILE, SETTINGS, load_image_processor
 from fasttune.task import Source
 from fasttune_detection.families import HEED_PADDING, PROCESSORS
 from fasttune_detection.options import DetectionOptions
 
 _STRIDE = 32  # of the coarsest features that these models read: other sizes are padded inside the model
-_FILE = "preprocessor_config.json"
-_SETTINGS = frozenset(
-    {"do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"}
-)
 
 
 def load_processor(
@@ -62,31 +57,16 @@ def load_processor(
 def _settings(source: Source, kind: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Those of the checkpoint's processor, in the words of the class that is used here."""
     default = getattr(transformers, kind)().to_dict()
-    if not Path(source, _FILE).is_file() and Path(source).is_dir():
-        return default, (f"no {_FILE}: images are normalised as {default['image_processor_type']} does it",)
-    try:
-        with quiet():
-            own = AutoImageProcessor.from_pretrained(source, backend="pil", **load_arguments(source)).to_dict()
-    except LOADING_ERRORS as error:
-        own = _local(source)
-        if own is None:
-            raise trouble(source, f"its image processor ({_FILE})", error) from error
+    if not Path(source, PROCESSOR_FILE).is_file() and Path(source).is_dir():
+        return default, (
+            f"no {PROCESSOR_FILE}: images are normalised as {default['image_processor_type']} does it",
+        )
+    found = load_image_processor(source, {"size"})
+    own = found if isinstance(found, dict) else found.to_dict()
     size = own.get("size") or default["size"]
     if isinstance(size, int):
         size = {"shortest_edge": size, "longest_edge": own.get("max_size") or size * 1333 // 800}
-    return default | {name: own[name] for name in _SETTINGS & own.keys()} | {"size": dict(size)}, ()
-
-
-def _local(source: Source) -> dict[str, Any] | None:
-    """A processor whose class needs torchvision: what its file says."""
-    path = Path(source, _FILE)
-    if not path.is_file():
-        return None
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"model {str(source)!r}: {_FILE} is not valid JSON: {error}") from error
-    return settings if isinstance(settings, dict) and "size" in settings else None
+    return default | {name: own[name] for name in SETTINGS & own.keys()} | {"size": dict(size)}, ()
 
 
 def _edges(stated: dict[str, Any], options: DetectionOptions) -> tuple[dict[str, int], str]:

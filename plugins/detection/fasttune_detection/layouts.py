@@ -7,7 +7,7 @@ can be read in two ways is refused, or said in a note.
 
 from __future__ import annotations
 
-from fasttune.task import Opened, Place
+from fasttune.layouts import Opened, Place
 from fasttune_detection import coco, voc, yolo
 
 

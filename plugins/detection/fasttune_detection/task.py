@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fasttune.task import Bundle, Column, Loss, Meter, Metric, Opened, Place, Sample, Source, Task
+from fasttune.layouts import Opened, Place
+from fasttune.task import Bundle, Column, Loss, Meter, Metric, Sample, Source, Task
 from fasttune_detection.options import DetectionOptions
 
 if TYPE_CHECKING:

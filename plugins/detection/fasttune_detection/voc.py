@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 from xml.parsers import expat
 
 from fasttune.errors import DataError
-from fasttune.task import Opened, Place
+from fasttune.layouts import Opened, Place
 from fasttune_detection.places import below, images_in, objects_or_fault, read_bytes, read_text
 
 _ANNOTATIONS = ("Annotations", "annotations", "annotations/xmls", ".")

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from fasttune.errors import DataError
-from fasttune.task import SPLITS, Opened, Place
+from fasttune.layouts import SPLITS, Opened, Place
 from fasttune_detection.places import (
     IMAGE_SUFFIXES,
     below,

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from fasttune.errors import DataError
-from fasttune.task import Place
+from fasttune.layouts import Place
 from fasttune_detection.layouts import open_layout
 
 CATEGORIES = [{"id": 1, "name": "cat"}, {"id": 7, "name": "dog"}, {"id": 90, "name": "owl"}]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fasttune.errors import DataError
-from fasttune.task import Place
+from fasttune.layouts import Place
 from fasttune_detection.layouts import open_layout
 
 CORNERS = "corners are VOC's: pixels counted from 1, the last one included"

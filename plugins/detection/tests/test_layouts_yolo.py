@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fasttune.errors import DataError
-from fasttune.task import Place
+from fasttune.layouts import Place
 from fasttune_detection.layouts import open_layout
 
 DATA = "path: .\ntrain: images/train\nval: images/val\nnames: [cat, dog]\n"

@@ -7,20 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from fasttune.errors import DataError
-from fasttune.task import (
-    Bundle,
-    Column,
-    Demo,
-    Loss,
-    Meter,
-    Metric,
-    Opened,
-    Place,
-    Sample,
-    Source,
-    Task,
-    every_strategy,
-)
+from fasttune.layouts import Opened, Place
+from fasttune.task import Bundle, Column, Demo, Loss, Meter, Metric, Sample, Source, Task, every_strategy
 from fasttune_question_answering import layouts
 from fasttune_question_answering.answers import gold, named
 from fasttune_question_answering.options import QuestionAnsweringOptions
