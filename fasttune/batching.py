@@ -16,6 +16,7 @@ from fasttune.errors import DataError
 from fasttune.task import Sample
 
 Pack = Callable[[list[Sample]], list[Sample]]
+Sides = Sequence[tuple[int, int]] | None  # `Sample.sides`
 
 _FEWEST = 4  # samples that a micro-batch is cut down to at most, to save padding
 _MOST_PADDING = 0.1
@@ -44,18 +45,27 @@ class Position:
     batch: int = 0
 
 
-def plan_epoch(costs: Sequence[int], batch: int, seed: int, epoch: int) -> list[list[int]]:
-    """Every sample once, in batches of at most `batch`: shuffled, sorted by cost within pools of 50 batches, so
-    that little is padding, and the batches shuffled again. The longest sample of a batch stands first."""
+def plan_epoch(costs: Sequence[int], batch: int, seed: int, epoch: int, sides: Sides = None) -> list[list[int]]:
+    """Every sample once, in batches of at most `batch`: shuffled, sorted by shape and by cost within pools of 50
+    batches, so that little is padding, and the batches shuffled again. Of one shape, the longest sample of a batch
+    stands first."""
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(costs))
     cost = np.asarray(costs)
+    shape = np.zeros(len(costs)) if sides is None else np.round(2 * np.log2([high / wide for high, wide in sides]))
     batches: list[list[int]] = []
     for start in range(0, len(order), _POOL * batch):
         pool = order[start : start + _POOL * batch]
-        pool = pool[np.argsort(-cost[pool], kind="stable")]
+        pool = pool[np.lexsort((-cost[pool], shape[pool]))]
         batches += [pool[i : i + batch].tolist() for i in range(0, len(pool), batch)]
     return [batches[i] for i in random.permutation(len(batches))]
+
+
+def padded(samples: Sequence[int], costs: Sequence[int], sides: Sides = None) -> int:
+    """What a batch of these samples costs with its padding."""
+    if sides is None:
+        return max(costs[i] for i in samples) * len(samples)
+    return math.prod(map(max, zip(*(sides[i] for i in samples), strict=True))) * len(samples)
 
 
 def plan_in_order_of_cost(costs: Sequence[int], batch: int) -> list[list[int]]:
@@ -93,8 +103,9 @@ class Loader:
         found = [self.encoded.sample(i, draw) for i in samples]
         if self.pack:
             found = self.pack(found)
-        padded_cost = max(sample.cost for sample in found) * len(found)
-        return MicroBatch(collate(found, self.padding), samples, cost, padded_cost)
+        sides = [sample.sides for sample in found if sample.sides is not None]
+        whole = padded(range(len(found)), [sample.cost for sample in found], sides or None)
+        return MicroBatch(collate(found, self.padding), samples, cost, whole)
 
     def along(self, plan: Sequence[list[int]], draw: Sequence[int] | None = None) -> Iterator[MicroBatch]:
         if self.workers == 0 or self.encoded.keep:
@@ -137,19 +148,20 @@ class Batches:
         self.per_epoch = math.ceil(len(loader.encoded) / batch)
 
     def plan(self, epoch: int) -> list[list[int]]:
-        return plan_epoch(self.loader.encoded.costs, self.batch, self.seed, epoch)
+        encoded = self.loader.encoded
+        return plan_epoch(encoded.costs, self.batch, self.seed, epoch, encoded.sides)
 
     def starting(self, position: Position) -> Iterator[tuple[list[MicroBatch], Position]]:
         """Micro-batches of a step, and the position of the next step; endless, one epoch after another."""
         epoch, start = position.epoch, position.batch
         while True:
             plan = self.plan(epoch)[start:]
-            costs = self.loader.encoded.costs
+            costs, sides = self.loader.encoded.costs, self.loader.encoded.sides
             cuts = [cut(batch, self.accumulation) for batch in plan]
             if self.loader.pack:
                 pieces = cuts
             else:
-                pieces = [[tight for piece in batch for tight in tighten(piece, costs)] for batch in cuts]
+                pieces = [[tight for piece in batch for tight in tighten(piece, costs, sides)] for batch in cuts]
             loaded = self.loader.along([piece for batch in pieces for piece in batch], (self.seed, epoch))
             for index, batch in enumerate(pieces, start=start + 1):
                 following = Position(epoch, index) if index < self.per_epoch else Position(epoch + 1, 0)
@@ -164,15 +176,15 @@ def cut(batch: list[int], pieces: int) -> list[list[int]]:
     return [batch[start:end] for start, end in zip([0, *ends], ends, strict=False) if start < end]
 
 
-def tighten(batch: list[int], costs: Sequence[int]) -> list[list[int]]:
-    """A micro-batch, costliest sample first, cut in two where that saves most, as long as more than a tenth of
+def tighten(batch: list[int], costs: Sequence[int], sides: Sides = None) -> list[list[int]]:
+    """A micro-batch, as `plan_epoch` sorts it, cut in two where that saves most, as long as more than a tenth of
     it is padding. Sums and counts keep the gradient the same; only a few uneven batches pay for a second pass."""
-    size, largest = len(batch), costs[batch[0]]
-    if size < 2 * _FEWEST or sum(costs[i] for i in batch) >= (1 - _MOST_PADDING) * largest * size:
+    size = len(batch)
+    if size < 2 * _FEWEST or sum(costs[i] for i in batch) >= (1 - _MOST_PADDING) * padded(batch, costs, sides):
         return [batch]
     places = range(_FEWEST, size - _FEWEST + 1)
-    place = min(places, key=lambda k: largest * k + costs[batch[k]] * (size - k))
-    return tighten(batch[:place], costs) + tighten(batch[place:], costs)
+    place = min(places, key=lambda k: padded(batch[:k], costs, sides) + padded(batch[k:], costs, sides))
+    return tighten(batch[:place], costs, sides) + tighten(batch[place:], costs, sides)
 
 
 def to_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:

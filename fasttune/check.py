@@ -13,9 +13,9 @@ import torch
 
 from fasttune import config as configs
 from fasttune.adapt import Adapted, native_precision
-from fasttune.batching import Batches, Loader, cut, plan_epoch, to_device
+from fasttune.batching import Batches, Loader, cut, padded, to_device
 from fasttune.config import RunConfig
-from fasttune.data import Encoded
+from fasttune.data import Encoded, label_role
 from fasttune.errors import ConfigError
 from fasttune.folder import write_image
 from fasttune.prepare import UNITS, adapt_bundle, open_task, prepare, width_of
@@ -50,14 +50,15 @@ def check(config: RunConfig, remote_code: str | None = None, draw: str | None = 
     steps = config.train.total_steps(batches.per_epoch)
     adapted = adapt_bundle(config, prepared.bundle, device)
     trained = sum(parameter.numel() for parameter in adapted.trained.values())
+    counted = "rows" if label_role(prepared.task.columns) else "times"
     return {
         "task": f"{config.task} ({prepared.plugin.distribution} {prepared.plugin.version})",
         "rows": f"{prepared.train.usable_rows:,} train, {prepared.valid.usable_rows:,} valid",
         "notes": [*prepared.notes, f"attention: {adapted.attention}"],
-        "classes": [f"{name}: {count:,} rows" for name, count in sorted(prepared.classes.items())],
+        "classes": [f"{name}: {count:,} {counted}" for name, count in sorted(prepared.classes.items())],
         "bad rows left out": [str(row) for row in prepared.skipped],
         unit: f"{min(costs):,} to {max(costs):,} a sample, mean {np.mean(costs):,.1f}",
-        "padding": f"{_padding(costs, config):.1%} in buckets of {config.train.batch}",
+        "padding": f"{_padding(batches):.1%} in buckets of {config.train.batch}",
         "samples": [_describe(prepared.train, i) for i in _first_samples(prepared.train.owner, _SAMPLES_SHOWN)],
         **_draw(prepared.train, draw, config),
         "steps": f"{steps:,} of {config.train.batch} rows, {batches.per_epoch:,} an epoch",
@@ -85,9 +86,9 @@ def _draw(encoded: Encoded, file: str | None, config: RunConfig) -> dict[str, st
     return {"picture": f"{path}: the first {len(samples)} samples"}
 
 
-def _padding(costs: list[int], config: RunConfig) -> float:
-    plan = plan_epoch(costs, config.train.batch, config.train.seed, 0)
-    return 1 - sum(costs) / sum(max(costs[i] for i in batch) * len(batch) for batch in plan)
+def _padding(batches: Batches) -> float:
+    costs, sides = batches.loader.encoded.costs, batches.loader.encoded.sides
+    return 1 - sum(costs) / sum(padded(batch, costs, sides) for batch in batches.plan(0))
 
 
 def _describe(encoded: Encoded, index: int) -> str:

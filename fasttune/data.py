@@ -26,7 +26,7 @@ class Checked:
 
     good: int64, positions of usable rows. keys: a hash of each row's inputs. labels: of each row, what its label
     column holds, or the classes that it names elsewhere. classes: rows a class, or how often one is named.
-    counted: rows a name that the task counts by.
+    counted: rows a name that the task counts by. names: of each row, those names.
     """
 
     good: np.ndarray
@@ -35,6 +35,7 @@ class Checked:
     labels: list[Any]
     classes: Counter[str]
     counted: Counter[str]
+    names: list[list[str]]
     fingerprint: str
 
 
@@ -54,6 +55,7 @@ def check(
     labels: list[Any] = []
     classes: Counter[str] = Counter()
     counted: Counter[str] = Counter()
+    named: list[list[str]] = []
     digest = hashlib.blake2b(digest_size=16)
     role = label_role(rows.columns)
     at_fault = role or next((column.role for column in rows.columns if column.supervises), None)
@@ -61,6 +63,7 @@ def check(
         digest.update(repr([value_of(raw, name) for name in rows.mapping.values()]).encode())
         keys.append(rows.key(raw))
         labels.append(None)
+        named.append([])
         try:
             row = rows.read(position, raw=raw)
             measured = rows.measured(row) if count or classes_of else row
@@ -79,11 +82,14 @@ def check(
             continue
         classes.update(found)
         counted.update(names)
+        named[-1] = names
         labels[-1] = label
         good.append(position)
         if progress and position % 256 == 0:
             progress(position, len(rows))
-    return Checked(np.asarray(good, dtype=np.int64), bad, keys, labels, classes, counted, digest.hexdigest())
+    return Checked(
+        np.asarray(good, dtype=np.int64), bad, keys, labels, classes, counted, named, digest.hexdigest()
+    )
 
 
 def label_role(columns: Sequence[Column]) -> str | None:
@@ -149,9 +155,9 @@ def _quotas(sizes: Mapping[str, int], share: float) -> dict[str, int]:
 class Encoded:
     """Samples of rows. Text is encoded once and kept; images and audio are decoded anew for each use.
 
-    owner: int64 [samples], the position of each sample's row. costs: int64 [samples]. truncated: samples cut, by
-    the role of the column that was cut; "" where a task names none. supervised: False where the rows are only to
-    be predicted.
+    owner: int64 [samples], the position of each sample's row. costs: int64 [samples]. sides: `Sample.sides` of
+    each sample, None where samples have but a length. truncated: samples cut, by the role of the column that was
+    cut; "" where a task names none. supervised: False where the rows are only to be predicted.
     """
 
     def __init__(self, rows: Rows, task: Task, bundle: Bundle, train: bool, supervised: bool = True):
@@ -161,6 +167,7 @@ class Encoded:
         self.bad: list[BadRow] = []
         self.owner: list[int] = []
         self.costs: list[int] = []
+        self.sides: list[tuple[int, int]] | None = []
         self.truncated: Counter[str] = Counter()
         self._part: list[int] = []
         self._kept: list[Sample] = []
@@ -177,6 +184,10 @@ class Encoded:
                 self.owner.append(position)
                 self._part.append(part)
                 self.costs.append(sample.cost)
+                if sample.sides is None:
+                    self.sides = None
+                elif self.sides is not None:
+                    self.sides.append(sample.sides)
                 cut = sample.truncated if isinstance(sample.truncated, Mapping) else {"": sample.truncated}
                 self.truncated.update(role for role, units in cut.items() if units > 0)
                 if self.keep:

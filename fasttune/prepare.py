@@ -142,6 +142,7 @@ def open_tables(config: RunConfig, task: Task, progress: Progress, signals: Sign
             settle(first.bad, len(rows), "stop", 0.0)
             raise
         classes = Counter(name for at in train_at.tolist() for name in _names(first.labels[at]))
+        counted = Counter(name for at in train_at.tolist() for name in first.names[at])
         notes.append(f"valid: {len(valid_at):,} of {len(rows):,} rows held out of train, by hash")
         fingerprint = {"train": first.fingerprint}
         return Tables(
@@ -150,7 +151,7 @@ def open_tables(config: RunConfig, task: Task, progress: Progress, signals: Sign
             first.bad,
             len(rows),
             classes,
-            first.counted,
+            counted,
             fingerprint,
             valid,
             notes,

@@ -114,11 +114,14 @@ class Sample:
     tensors: arrays by name; samples of a batch are padded to the longest in every dimension.
     cost: what the sample costs to compute, in tokens, frames or pixels; drives buckets and the padding share.
     truncated: how many units of cost were cut off; by role where a task reads several columns.
+    sides: height and width, whose product is the cost, where samples are padded along both: a batch is made of
+        like shapes, and its padding is told by them.
     """
 
     tensors: dict[str, np.ndarray]
     cost: int
     truncated: int | Mapping[str, int] = 0
+    sides: tuple[int, int] | None = None
 
 
 @dataclass

@@ -1,12 +1,23 @@
 """Buckets, collation, positions."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
 
-from fasttune.batching import Batches, Loader, Position, collate, cut, plan_epoch, plan_in_order_of_cost, tighten
+from fasttune.batching import (
+    Batches,
+    Loader,
+    Position,
+    collate,
+    cut,
+    padded,
+    plan_epoch,
+    plan_in_order_of_cost,
+    tighten,
+)
 from fasttune.data import Encoded
 from fasttune.media import Limits
 from fasttune.readers import MixedRows, Table
@@ -18,6 +29,7 @@ class Samples(list):
     """Encoded samples without rows behind them."""
 
     keep = True
+    sides = None
 
     def sample(self, index, draw=None):
         return self[index]
@@ -90,6 +102,25 @@ def test_only_uneven_batches_are_cut_further():
     assert tighten([0, 1, 2, 3, 4, 5, 6, 7], [10] * 8) == [[0, 1, 2, 3, 4, 5, 6, 7]]
     assert tighten([0, 1, 2, 3, 4, 5, 6, 7], [100, 98, 97, 96, 11, 11, 10, 10]) == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert tighten([0, 1, 2], [100, 1, 1]) == [[0, 1, 2]]
+
+
+def test_images_of_like_shapes_stand_together():
+    """Portrait and landscape cost the same, and would pad each other."""
+    chance = np.random.default_rng(3)
+    sides = [(int(h), 512) if i % 2 else (512, int(h)) for i, h in enumerate(chance.integers(318, 512, 400))]
+    samples = Samples(Sample({"pixels": np.zeros(side, bool)}, math.prod(side), sides=side) for side in sides)
+    samples.sides = sides
+
+    def padding(plan):
+        costs = [(sum(samples.costs[i] for i in batch), padded(batch, samples.costs, sides)) for batch in plan]
+        return 1 - sum(cost for cost, _ in costs) / sum(whole for _, whole in costs)
+
+    assert padding(plan_epoch(samples.costs, 8, 17, 0)) > 0.15
+    assert padding(plan_epoch(samples.costs, 8, 17, 0, sides)) < 0.10
+    micro = Loader(samples, {}).load([0, 1])
+    assert micro.padded_cost == micro.tensors["pixels"].numel() == 2 * 512 * 512
+    batch = [0, 2, 4, 6, 1, 3, 5, 7]
+    assert tighten(batch, samples.costs, sides) == [batch[:4], batch[4:]]
 
 
 def take(batches, position, count):

@@ -340,6 +340,7 @@ def test_rows_are_counted_by_what_the_task_names() -> None:
 
     seen = check(rows, count=count)
     assert seen.counted == {"long": 2}
+    assert seen.names == [[], ["long"], [], ["long"]]
     assert seen.good.tolist() == [0, 1, 3]
     assert [(bad.row, bad.column, bad.why) for bad in seen.bad] == [(3, "text", "expected a word")]
 

@@ -1,1 +1,1 @@
-"""Object detection for fasttune."""
+"""Object detection and segmentation for fasttune."""

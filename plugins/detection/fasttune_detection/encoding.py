@@ -35,7 +35,7 @@ def encode(row: dict[str, Any], bundle: Bundle, options: DetectionOptions) -> Sa
             [_class_id(name, config.label2id) for name in objects.labels], dtype=np.int64
         )
         beyond = max(0, len(objects) - _queries(config))
-    return Sample(tensors, cost=height * width, truncated={"objects": beyond})
+    return Sample(tensors, cost=height * width, truncated={"objects": beyond}, sides=(height, width))
 
 
 def _class_id(name: str, ids: dict[str, int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,10 @@ def load_processor(
         settings["do_pad"] = False
     settings.pop("pad_size", None)
     cost = _pixels(stated, options) / _pixels(size, options)
-    saved = f"; the checkpoint's own size would cost {cost:.1f} times the pixels" if cost > 1.05 else ""
-    if cost < 0.95:
+    saved = ""
+    if cost > 1.05 and not why.startswith("the checkpoint"):
+        saved = f"; the checkpoint's own size would cost {cost:.1f} times the pixels"
+    elif cost < 0.95:
         saved = f"; that costs {1 / cost:.1f} times the pixels of the checkpoint's own size"
     settings["size"] = size
     return getattr(transformers, kind).from_dict(settings), (*notes, f"images: {now}: {why}{saved}")
@@ -94,18 +97,18 @@ def _sides(stated: dict[str, Any], options: DetectionOptions, multiple: int) -> 
                 f"options.size: {[*options.size]}: this model takes multiples of {multiple}, such as {near}"
             )
         return {"height": height, "width": width}, "options.size"
+    why = "the checkpoint's own"
     if "height" in stated:
         height, width = stated["height"], stated["width"]
-    else:  # the checkpoint keeps the aspect ratio: a batch of it would be padded, which this model does not heed
-        height = width = stated["shortest_edge"]
-    why = "the checkpoint's own"
-    if options.image_size is not None:
-        longest = max(stated.get("longest_edge") or 0, height, width)
-        if "height" not in stated:
-            height = width = longest
-        wide, high = options.image_size
+        wide, high = options.image_size or (width, height)
         if high < height or wide < width:
             height, width, why = min(height, high), min(width, wide), "train's median"
+    elif options.image_size is None:
+        height = width = stated["shortest_edge"]
+    else:  # the checkpoint keeps each image's shape, which pads a batch: here all have that of the median
+        wide, high = options.image_size
+        factor = _factor(stated, *sorted((wide, high)))
+        height, width, why = round(high * factor), round(wide * factor), "train's median shape"
     sides = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
     return {"height": sides[0], "width": sides[1]}, why
 
@@ -116,8 +119,8 @@ def _multiple(config: PreTrainedConfig) -> int:
     patch: Any = getattr(backbone, "patch_size", None)
     if patch is None:
         return _STRIDE
-    windows = getattr(backbone, "num_windows_side", None) or getattr(backbone, "num_windows", 1)
-    return int(max(patch) if isinstance(patch, (list, tuple)) else patch) * int(windows or 1)
+    windows: Any = getattr(backbone, "num_windows_side", None) or getattr(backbone, "num_windows", 1)
+    return int(windows * (max(patch) if isinstance(patch, (list, tuple)) else patch))
 
 
 def _pixels(size: dict[str, Any], options: DetectionOptions) -> float:
@@ -125,8 +128,12 @@ def _pixels(size: dict[str, Any], options: DetectionOptions) -> float:
     if "height" in size:
         return float(size["height"] * size["width"])
     shortest, longest = options.edges or (3, 4)
-    factor = min(size["shortest_edge"] / shortest, (size.get("longest_edge") or 1333) / longest)
-    return factor * shortest * factor * longest
+    return _factor(size, shortest, longest, most=math.inf) ** 2 * shortest * longest
+
+
+def _factor(size: dict[str, Any], shortest: int, longest: int, most: float = 1.0) -> float:
+    """By which an image with these edges is resized, at most."""
+    return min(most, size["shortest_edge"] / shortest, (size.get("longest_edge") or math.inf) / longest)
 
 
 @dataclass(frozen=True)

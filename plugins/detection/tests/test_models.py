@@ -171,6 +171,18 @@ def test_sizes_of_models_that_do_not(make_model, tmp_path, options, sides, said)
     assert said in notes_of(bundle)
 
 
+@pytest.mark.parametrize(
+    ("image_size", "sides"), [((1920, 1080), (752, 1328)), ((300, 512), (512, 304)), (None, (800, 800))]
+)
+def test_a_model_without_masks_takes_the_median_shape_where_its_checkpoint_kept_each(
+    make_model, tmp_path, image_size, sides
+):
+    options = {"image_size": image_size, "edges": image_size and tuple(sorted(image_size))}
+    size = {"shortest_edge": 800, "longest_edge": 1333}
+    stated = built(make_model(tmp_path / "model", "yolos", size=size), **options).processor.to_dict()["size"]
+    assert (stated["height"], stated["width"]) == sides
+
+
 def test_a_size_that_a_model_cant_take_is_refused(make_model, tmp_path):
     with pytest.raises(ConfigError, match=r"multiples of 32, such as \[96, 128\]"):
         built(make_model(tmp_path / "model", "rt_detr"), size=(100, 130))

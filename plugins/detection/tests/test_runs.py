@@ -137,6 +137,48 @@ def test_bf16_trains_too(run, kind):
     assert np.isfinite(report.metrics["valid"]["loss"])
 
 
+@pytest.mark.parametrize("kind", ["detr", "rt_detr"])
+def test_steps_of_images_without_boxes_are_taken(make_model, rectangles, tmp_path, kind):
+    """Two images have boxes, six have none; one is a batch."""
+    rows = Path(rectangles(8))
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    for line in lines[2:]:
+        line["objects"] = {"bbox": [], "category": []}
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    fasttune.finetune(
+        task="object-detection",
+        model=make_model(tmp_path / "model", kind),
+        data={"train": str(rows), "valid": str(rows)},
+        strategy="full",
+        train={"epochs": 1, "batch": 1, "precision": "fp32"},
+        output=str(tmp_path / "run"),
+        quiet=True,
+    )
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [step for step in steps if "loss" in step]
+    assert len(steps) == 8
+    assert all(step["taken"] and step["loss"] > 0 for step in steps)
+
+
+def test_a_run_with_augmentation_is_the_same_again_in_any_worker(make_model, rectangles, tmp_path):
+    losses = []
+    rows, model = rectangles(8), make_model(tmp_path / "model", "yolos")
+    for name, workers, augment in (("one", 0, {}), ("two", 2, {}), ("none", 0, None)):
+        fasttune.finetune(
+            task="object-detection",
+            model=model,
+            data={"train": rows, "valid": rows, "workers": workers},
+            options={"augment": augment},
+            strategy="full",
+            train=TRAIN,
+            output=str(tmp_path / name),
+            quiet=True,
+        )
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in lines if "loss" in line])
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_predictions_above_the_threshold(run):
     _, best, rows = run("yolos", "full", options={"threshold": 0.3})
     opened = fasttune.load(best.parent)
