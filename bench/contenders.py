@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from statistics import fmean, median
@@ -22,6 +24,8 @@ from typing import Any
 
 # The parent imports nothing heavy: on Linux ru_maxrss of a new process starts at the resident set of its parent.
 
+TRAINED = "trained"  # a file that says that training is over: what comes then is not measured
+SAMPLED = 0.2  # seconds between looks at a contender's memory
 WARM_UP = 5  # steps left out of every contender's rates
 LAST = 20  # steps over which the final train loss is averaged
 LORA_DROPOUT, WEIGHT_DECAY, CLIP = 0.05, 0.01, 1.0
@@ -142,6 +146,7 @@ def open_saved(auto: Any, base: str, saved: Path, **arguments: Any) -> Any:
 
 def write_result(spec: Namespace, trained: Trained, figures: dict[str, Any], score: Callable[[Path], Any]) -> None:
     """result.json: what all measure, the benchmark's own figures, and its score of what was saved."""
+    Path(spec.folder, TRAINED).touch()
     steps, saved, peak = trained
     kept = steps[WARM_UP:]
     result = {
@@ -166,13 +171,33 @@ def measure(
         path.write_text(json.dumps(record), encoding="utf-8")
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | (KEEP_PAGES if keep_pages else {})
         child = [sys.executable, script, "--spec", str(path)]
-        done = subprocess.run(child, env=environment, text=True, capture_output=True)
-        if done.returncode:
-            sys.exit(f"{contender} failed with status {done.returncode}:\n{done.stderr[-4000:]}")
+        process = subprocess.Popen(
+            child, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        peak, errors = 0, None
+        while errors is None:
+            if not Path(folder, TRAINED).exists():
+                peak = max(peak, resident(process.pid))
+            with suppress(subprocess.TimeoutExpired):
+                _, errors = process.communicate(timeout=SAMPLED)
+        if process.returncode:
+            sys.exit(f"{contender} failed with status {process.returncode}:\n{errors[-4000:]}")
         result = json.loads(Path(folder, "result.json").read_text(encoding="utf-8"))
+        result["peak_tree_mb"] = peak / 1e6
     figures = (f"{name} {form.format(result[key])}" for key, (name, form) in measures.items())
     print(title, *figures, sep=", ", flush=True)
     return result
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory of a process and all below it, what they share counted once (PSS); 0 if it has ended."""
+    try:
+        found = re.search(r"^Pss: +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    own = int(found[1]) * 1024 if found else 0
+    return own + sum(resident(int(child)) for child in children)
 
 
 def medians(results: Results, measures: Measures) -> dict[str, dict[str, float]]:

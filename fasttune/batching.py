@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from fasttune.task import Sample
 
 Pack = Callable[[list[Sample]], list[Sample]]
 Sides = Sequence[tuple[int, int]] | None  # `Sample.sides`
+Draw = Sequence[int] | None  # as `Encoded.sample` takes it
+Key = tuple[list[int], Draw]  # of a micro-batch: its samples, and how they are drawn
 
 _FEWEST = 4  # samples that a micro-batch is cut down to at most, to save padding
 _MOST_PADDING = 0.1
@@ -97,7 +100,7 @@ class Loader:
     def __init__(self, encoded: Encoded, padding: Mapping[str, float], workers: int = 0, pack: Pack | None = None):
         self.encoded, self.padding, self.workers, self.pack = encoded, padding, workers, pack
 
-    def load(self, samples: list[int], draw: Sequence[int] | None = None) -> MicroBatch:
+    def load(self, samples: list[int], draw: Draw = None) -> MicroBatch:
         """draw: as `Encoded.sample` takes it."""
         cost = sum(self.encoded.costs[i] for i in samples)
         found = [self.encoded.sample(i, draw) for i in samples]
@@ -107,15 +110,21 @@ class Loader:
         whole = padded(range(len(found)), [sample.cost for sample in found], sides or None)
         return MicroBatch(collate(found, self.padding), samples, cost, whole)
 
-    def along(self, plan: Sequence[list[int]], draw: Sequence[int] | None = None) -> Iterator[MicroBatch]:
+    def along(self, plan: Iterable[list[int]], draw: Draw = None) -> Iterator[MicroBatch]:
+        """A micro-batch an item of the plan."""
+        return self.stream((samples, draw) for samples in plan)
+
+    def stream(self, keys: Iterable[Key]) -> Iterator[MicroBatch]:
+        """A micro-batch a key; keys may be endless, and are read ahead."""
         if self.workers == 0 or self.encoded.keep:
-            yield from (self.load(samples, draw) for samples in plan)
+            yield from (self.load(*key) for key in keys)
             return
-        # Forked, since a model and memory-mapped rows are shared that way instead of pickled.
+        # Forked, since a model and memory-mapped rows are shared that way instead of pickled; once for all epochs,
+        # since pages that are written after a fork are copied.
         for found in torch.utils.data.DataLoader(
-            _Plan(self, plan, draw),
+            _Loaded(self),
+            sampler=keys,
             batch_size=None,
-            shuffle=False,
             num_workers=self.workers,
             multiprocessing_context="fork",
         ):
@@ -124,18 +133,15 @@ class Loader:
             yield found
 
 
-class _Plan(torch.utils.data.Dataset):
-    """A plan as a dataset whose items are whole micro-batches."""
+class _Loaded(torch.utils.data.Dataset):
+    """A loader as a dataset whose items are whole micro-batches."""
 
-    def __init__(self, loader: Loader, plan: Sequence[list[int]], draw: Sequence[int] | None):
-        self.loader, self.plan, self.draw = loader, plan, draw
+    def __init__(self, loader: Loader):
+        self.loader = loader
 
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    def __getitem__(self, index: int) -> MicroBatch | DataError:
+    def __getitem__(self, key: Key) -> MicroBatch | DataError:
         try:
-            return self.loader.load(self.plan[index], self.draw)
+            return self.loader.load(*key)
         except DataError as error:  # raised here, torch would make a RuntimeError of it
             return error
 
@@ -153,20 +159,26 @@ class Batches:
 
     def starting(self, position: Position) -> Iterator[tuple[list[MicroBatch], Position]]:
         """Micro-batches of a step, and the position of the next step; endless, one epoch after another."""
-        epoch, start = position.epoch, position.batch
-        while True:
-            plan = self.plan(epoch)[start:]
-            costs, sides = self.loader.encoded.costs, self.loader.encoded.sides
-            cuts = [cut(batch, self.accumulation) for batch in plan]
-            if self.loader.pack:
-                pieces = cuts
-            else:
-                pieces = [[tight for piece in batch for tight in tighten(piece, costs, sides)] for batch in cuts]
-            loaded = self.loader.along([piece for batch in pieces for piece in batch], (self.seed, epoch))
-            for index, batch in enumerate(pieces, start=start + 1):
-                following = Position(epoch, index) if index < self.per_epoch else Position(epoch + 1, 0)
-                yield [next(loaded) for _ in batch], following
-            epoch, start = epoch + 1, 0
+        keys = ((piece, (self.seed, at.epoch)) for pieces, at in self._steps(position) for piece in pieces)
+        loaded = self.loader.stream(keys)
+        for pieces, at in self._steps(position):
+            following = replace(at, batch=at.batch + 1)
+            yield (
+                [next(loaded) for _ in pieces],
+                following if following.batch < self.per_epoch else Position(at.epoch + 1),
+            )
+
+    def _steps(self, position: Position) -> Iterator[tuple[list[list[int]], Position]]:
+        """The samples of each micro-batch of a step, and where the step stands; endless."""
+        costs, sides = self.loader.encoded.costs, self.loader.encoded.sides
+        start = position.batch
+        for epoch in count(position.epoch):
+            for index, batch in enumerate(self.plan(epoch)[start:], start):
+                pieces = cut(batch, self.accumulation)
+                if not self.loader.pack:
+                    pieces = [tight for piece in pieces for tight in tighten(piece, costs, sides)]
+                yield pieces, Position(epoch, index)
+            start = 0
 
 
 def cut(batch: list[int], pieces: int) -> list[list[int]]:

@@ -148,8 +148,9 @@ class Data(Section):
     """What bad rows do: stop the run before its first step, or be left out and listed in data_report.jsonl."""
     max_skip: float = Field(0.01, ge=0, le=1)
     """With on_error skip: the share of rows that may be left out at most."""
-    workers: int = Field(0, ge=0)
-    """Processes that decode images and audio; 0 = decode in the main process. Text needs none."""
+    workers: int | None = Field(None, ge=0)
+    """Processes that decode images and audio; 0 = decode in the main process. Text needs none. Default: one less
+    than the cores, four at most."""
     max_pixels: int = Field(178_956_970, ge=1)
     """An image with more pixels is a bad row (decompression bombs)."""
     max_audio_seconds: float = Field(3600.0, gt=0)
@@ -238,6 +239,7 @@ class RunConfig(Section):
 
 _KINDS = {"strategy": "lora", "optimizer": "adamw", "schedule": "linear"}
 _LR_AT_768 = {"full": 5e-5, "head": 5e-3, "lora": 1e-3}
+_MOST_WORKERS = 4
 _LR_EXPONENT = 0.775  # wider models want smaller steps
 
 
@@ -252,6 +254,10 @@ def resolve(config: RunConfig, *, precision: str) -> RunConfig:
     if train.precision != "auto":
         precision = train.precision
     batch = config.eval.batch or 2 * -(-train.batch // train.accumulation)
+    workers = config.data.workers
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = min(_MOST_WORKERS, cores - 1)
     name = re.sub(r"[^\w.-]+", "-", Path(config.model).name or config.model)
     return config.model_copy(
         update={
@@ -259,6 +265,7 @@ def resolve(config: RunConfig, *, precision: str) -> RunConfig:
             "strategy": strategy,
             "train": train.model_copy(update={"precision": precision}),
             "eval": config.eval.model_copy(update={"batch": batch}),
+            "data": config.data.model_copy(update={"workers": workers}),
             "output": _home(config.output) or f"runs/{config.task.rpartition(':')[2]}-{name}",
         }
     )

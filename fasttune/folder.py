@@ -90,7 +90,7 @@ class RunFolder:
             return
         before, now = (one.model_dump(mode="json") for one in (load(self.config), config))
         for record in (before, now):
-            del record["output"]
+            del record["output"], record["data"]["workers"]
             record["provenance"].pop("versions", None)
         changed = sorted(_differences(before, now))
         if changed:

@@ -176,7 +176,7 @@ class _Run:
         return adapted, cached
 
     def _loaders(self) -> tuple[Batches, Loader]:
-        padding, workers = self.prepared.bundle.padding, self.config.data.workers
+        padding, workers = self.prepared.bundle.padding, self.config.data.workers or 0
         train = self.config.train
         task = self.prepared.task
         loader = Loader(self.prepared.train, padding, workers, task.pack if task.packs else None)
