@@ -134,6 +134,21 @@ def trainer_settings(spec: Namespace, dtype: str, warmup: int) -> dict[str, Any]
     return {**sizes, **rates, "max_grad_norm": CLIP, "bf16": "autocast" in dtype, **TRAINER}
 
 
+def adapted(spec: Namespace, model: Any, dtype: str, task_type: str, **layers: Any) -> Any:
+    """The model as a user of Trainer would make it: with strategy lora, PEFT's on every linear layer; with types
+    "bf16-autocast", what is trained in fp32 (PEFT keeps its matrices so, but not a head)."""
+    from peft import LoraConfig, get_peft_model
+
+    if spec.strategy == "lora":
+        sizes: dict[str, Any] = {"r": spec.rank, "lora_alpha": 2 * spec.rank, "lora_dropout": LORA_DROPOUT}
+        config = LoraConfig(task_type=task_type, target_modules="all-linear", **sizes, **layers)
+        model = get_peft_model(model, config)
+    if dtype == "bf16-autocast":
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.data = parameter.data.float()
+    return model
+
+
 def open_saved(auto: Any, base: str, saved: Path, **arguments: Any) -> Any:
     """What a contender saved, opened by transformers, and by PEFT if it is an adapter: in fp32, in eval mode."""
     import torch

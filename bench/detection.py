@@ -21,6 +21,7 @@ from contenders import (
     WARM_UP,
     Results,
     Trained,
+    adapted,
     machine,
     medians,
     print_checks,
@@ -141,7 +142,7 @@ def train_other(spec: Namespace) -> Trained:
     hf.set_seed(spec.seed)
     dtype = torch.bfloat16 if spec.dtype.startswith("bf16") else torch.float32
     config = hf.AutoConfig.from_pretrained(spec.source)
-    model: Any = hf.AutoModelForObjectDetection.from_config(config, dtype=dtype)
+    model = adapted(spec, hf.AutoModelForObjectDetection.from_config(config, dtype=dtype), spec.dtype, "")
     if spec.channels_last:
         model.to(memory_format=torch.channels_last)
     settings = trainer_settings(spec, spec.dtype, WARM_UP_STEPS) | {"max_grad_norm": CLIP}

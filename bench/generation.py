@@ -18,11 +18,11 @@ from statistics import fmean
 from typing import Any
 
 from contenders import (
-    LORA_DROPOUT,
     TRAIN_LOSS,
     WARM_UP,
     Results,
     Trained,
+    adapted,
     machine,
     medians,
     open_saved,
@@ -147,20 +147,13 @@ def train_other(spec: Namespace) -> Trained:
     import datasets
     import torch
     import transformers as hf
-    from peft import LoraConfig, get_peft_model
 
     hf.set_seed(spec.seed)
     tokenizer = hf.AutoTokenizer.from_pretrained(spec.source)
     auto = hf.AutoModelForSeq2SeqLM if spec.model == "seq2seq" else hf.AutoModelForCausalLM
     dtype = torch.bfloat16 if spec.dtype.startswith("bf16") else torch.float32
     model: Any = auto.from_pretrained(spec.source, dtype=dtype, attn_implementation=spec.attn)
-    if spec.strategy == "lora":
-        kind = "SEQ_2_SEQ_LM" if spec.model == "seq2seq" else "CAUSAL_LM"
-        sizes: dict[str, Any] = {"r": spec.rank, "lora_alpha": 2 * spec.rank, "lora_dropout": LORA_DROPOUT}
-        model = get_peft_model(model, LoraConfig(task_type=kind, target_modules="all-linear", **sizes))
-    if spec.dtype == "bf16-autocast":
-        for parameter in (p for p in model.parameters() if p.requires_grad):
-            parameter.data = parameter.data.float()
+    model = adapted(spec, model, spec.dtype, "SEQ_2_SEQ_LM" if spec.model == "seq2seq" else "CAUSAL_LM")
     settings = trainer_settings(spec, spec.dtype, warmup=1)
     settings["per_device_train_batch_size"] //= spec.parts
     settings |= {"gradient_accumulation_steps": spec.parts, "output_dir": str(Path(spec.folder) / "trainer")}

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from contenders import (
-    LORA_DROPOUT,
     TRAIN_LOSS,
     WARM_UP,
     Results,
     Trained,
+    adapted,
     machine,
     medians,
     open_saved,
@@ -100,7 +100,6 @@ def train_trainer(spec: Namespace) -> Trained:
 def trainer_model(spec: Namespace, labels: list[str]) -> Any:
     """The model as a user of Trainer would make it: LoRA by PEFT on every linear layer of the encoder."""
     import torch
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification
 
     model: Any = AutoModelForSequenceClassification.from_pretrained(
@@ -112,14 +111,8 @@ def trainer_model(spec: Namespace, labels: list[str]) -> Any:
     )
     if spec.strategy == "head":
         model.base_model.requires_grad_(False)
-    if spec.strategy == "lora":  # SEQ_CLS: the head is trained and saved as well
-        sizes: dict[str, Any] = {"r": spec.rank, "lora_alpha": 2 * spec.rank, "lora_dropout": LORA_DROPOUT}
-        layers: dict[str, Any] = {"target_modules": "all-linear", "exclude_modules": r".*\bpooler\b.*"}
-        model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **sizes, **layers))
-    if spec.trainer_dtype == "bf16-autocast":  # PEFT keeps its matrices in fp32, but not the head
-        for parameter in (p for p in model.parameters() if p.requires_grad):
-            parameter.data = parameter.data.float()
-    return model
+    # SEQ_CLS: the head is trained and saved as well
+    return adapted(spec, model, spec.trainer_dtype, "SEQ_CLS", exclude_modules=r".*\bpooler\b.*")
 
 
 def tokenized(spec: Namespace, path: str, tokenizer: Any, labels: list[str]) -> Any:
