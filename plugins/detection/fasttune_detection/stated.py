@@ -51,7 +51,8 @@ _NONE = 'an image without objects has {"boxes": [], "labels": []}'
 
 @dataclass(frozen=True)
 class Columns:
-    """One entry a box in each list; None: not stated. key: the name that the boxes stood under."""
+    """One entry a box in each list; None: not stated. key: the name that the boxes stood under. size: width
+    and height of the image."""
 
     key: str
     boxes: list[Any]
@@ -59,6 +60,7 @@ class Columns:
     crowd: list[Any] | None
     area: list[Any] | None
     form: Any
+    size: tuple[int, int] | None = None
 
 
 def columns_of(value: Any) -> Columns:
@@ -98,7 +100,16 @@ def _from_mapping(value: Mapping[str, Any]) -> Columns:
         _listed(crowd, crowd_key),
         _listed(area, area_key),
         value.get("format"),
+        _size_of(value.get("size")),
     )
+
+
+def _size_of(held: Any) -> tuple[int, int] | None:
+    """(width, height), where the row states them; None for what else a hub set may call so: a size of each box."""
+    sides = list(held) if isinstance(held, (list, tuple, np.ndarray)) else []
+    if len(sides) != 2 or not all(isinstance(side, numbers.Integral) and side > 0 for side in sides):
+        return None
+    return int(sides[0]), int(sides[1])
 
 
 def _from_list(items: Sequence[Any]) -> Columns:
