@@ -1,8 +1,8 @@
 """A mask as data state it, polygons or run lengths, as a picture of bools; and back, as run lengths.
 
-COCO's forms (cocodataset.org/#format-data): polygons [[x1, y1, x2, y2, …], …], whose union is the mask, in pixels with
-the first one from 0 to 1; {"size": [height, width], "counts"}, lengths of runs down the columns, of zeros first, as a
-list or in COCO's compressed text. Everything is checked before faster-coco-eval's C++ sees it, which trusts its caller.
+COCO's forms (cocodataset.org/#format-data): polygons [[x1, y1, x2, y2, …], …], whose union is the mask, in pixels,
+the first one from 0 to 1; {"size": [height, width], "counts"}, lengths of runs down the columns, of zeros first, as
+a list or in COCO's compressed text. All is checked before faster-coco-eval's C++ sees it, which trusts its caller.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def mask_of(stated: Any, size: Size, fractions: bool = False) -> np.ndarray:
     """The mask, bool [h, w], that an object of an image of this size states. fractions: polygons are given in
     shares of width and height.
 
-    Raises ValueError for polygons that are no pairs of finite numbers, have fewer than three points, enclose nothing
-    or leave the frame by more than a pixel; for run lengths of another size or that are none; and for a mask without
-    a pixel.
+    Raises ValueError for polygons that are no pairs of finite numbers, have fewer than three points, enclose
+    nothing or leave the frame by more than a pixel; for run lengths of another size or that are none; and for a
+    mask without a pixel.
     """
     if isinstance(stated, Mapping):
         height, width = size_of(stated)
@@ -144,9 +144,9 @@ def _painted(polygons: list[np.ndarray], size: Size) -> np.ndarray:
 
 
 def _decompressed(text: bytes) -> np.ndarray:
-    """int64 run lengths of COCO's compressed text: 5 bits a character from `0` on, lowest first, the sixth bit says
-    that more follow, the last one's fifth is the sign; from the fourth length on, differences from the one before
-    the last."""
+    """int64 run lengths of COCO's compressed text: 5 bits a character from `0` on, lowest first, the sixth bit
+    says that more follow, the last one's fifth is the sign; from the fourth length on, differences from the one
+    before the last."""
     codes = np.frombuffer(text, dtype=np.uint8).astype(np.int64) - 48
     if len(codes) and (codes.min() < 0 or codes.max() > 63):
         at = int(((codes < 0) | (codes > 63)).argmax())

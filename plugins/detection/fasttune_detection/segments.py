@@ -34,10 +34,10 @@ SegmentKind = Literal["semantic", "instance", "panoptic"]
 class Reading:
     """How truth is read: the options of the task that say so.
 
-    kind: what is made of it. classes: names of a mask's ids; None: what the data say, else the ids themselves. A
-    colour's id is R + 256 G + 256² B. ignore: ids of a mask that are no truth. background: the class of pixels that
-    no segment covers, of instances; None: there is no truth (panoptic, semantic). stuff: classes that are stuff;
-    None: what the data say, else none.
+    kind: what is made of it. classes: names of a mask's ids, in the place of what the data say; None: that, else
+    the ids themselves. A colour's id is R + 256 G + 256² B. ignore: ids of a mask that are no truth. background:
+    the class of pixels that no instance covers, for kinds semantic and panoptic; None: there is no truth. stuff:
+    classes that are stuff, in the place of what the data say; None: that, else all are things.
     """
 
     kind: SegmentKind = "semantic"
@@ -51,10 +51,10 @@ class Reading:
 class Segments:
     """The segments of one image.
 
-    masks: bool [n, h, w], in pixels of the original image. labels: n class names. crowd: bool [n], objects that are
-    not told apart (COCO's iscrowd). thing: bool [n], an object, not stuff; of kind semantic none is. void: bool
-    [h, w], pixels that are no truth. stated: float64 [n], the area in pixels that the row states for a segment, NaN
-    where it doesn't.
+    masks: bool [n, h, w], in pixels of the original image. labels: n class names. crowd: bool [n], objects that
+    are not told apart (COCO's iscrowd). thing: bool [n], an object, not stuff; of kind semantic none is. void:
+    bool [h, w], pixels that are no truth. stated: float64 [n], the area in pixels that the row states for a
+    segment, NaN where it doesn't.
     """
 
     masks: np.ndarray
@@ -126,7 +126,7 @@ def _semantic(mask: Image.Image, objects: Any, reading: Reading) -> Segments:
     if reading.kind != "semantic":
         raise DataError(
             "mask",
-            f"a mask of classes doesn't tell objects apart, which kind {reading.kind} needs; expected objects with "
+            f"a mask of classes doesn't tell objects apart, as kind {reading.kind} needs; expected objects with "
             'masks, or {"segments": …} beside a panoptic mask; or set options.kind to semantic',
         )
     found = Ids.of(mask, names_of(objects, reading.classes))
@@ -168,7 +168,7 @@ def _panoptic(mask: Image.Image | None, stated: Any, size: Size, reading: Readin
         tuple(segment.label for segment in segments),
         np.array([segment.crowd for segment in segments], dtype=bool),
         np.array([segment.thing for segment in segments], dtype=bool),
-        ~masks.any(0) if len(masks) else np.ones(ids.shape, dtype=bool),
+        np.asarray(~masks.any(0)),
     )
     if reading.kind == "instance":
         return found.take(found.thing)
@@ -230,7 +230,7 @@ def _disjoint(found: Segments, background: str | None) -> Segments:
         )
     else:
         found = replace(found, void=free)
-    return found.take(found.masks.any((1, 2)))
+    return found.take(np.asarray(found.masks.any((1, 2))))
 
 
 def _by_class(found: Segments) -> Segments:

@@ -1,7 +1,7 @@
 """The value of a row's `objects` column, in any of its layouts, as lists with one entry an object.
 
-What a single entry may be is said here too; what boxes must be together, and to the image, is said in `boxes`, what
-masks must be in `masks`.
+What a single entry may be is said here too; what boxes must be together, and to the image, is said in `boxes`,
+what masks must be in `masks`.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ _ONE: dict[Wanted, str] = {"boxes": "box", "masks": "mask"}
 
 @dataclass(frozen=True)
 class Columns:
-    """One entry an object in each list; None: not stated. key: the name that the boxes stood under. What is wanted,
-    boxes or masks, is stated, by an empty list if there are no objects."""
+    """One entry an object in each list; None: not stated, as are empty boxes or masks where the other is wanted.
+    key: the name that the boxes stood under."""
 
     key: str
     boxes: list[Any]

@@ -30,7 +30,8 @@ def pixels_of(mask: Image.Image) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Ids:
-    """A mask of classes. ids: int [h, w]. names: of ids; None as a name: no truth; None: ids are their own names."""
+    """A mask of classes. ids: int [h, w]. names: of ids, None for those that are no truth; None: ids are their own
+    names. coloured: ids are R + 256 G + 256² B."""
 
     ids: np.ndarray
     names: Mapping[int, str | None] | None
