@@ -97,8 +97,7 @@ def read_annotations(value: Any, box_format: Format | None, size: Size | None) -
     """
     columns = columns_of(value)
     count = len(columns.boxes)
-    if size is not None and columns.size is not None:
-        check_size(columns.size, size)
+    columns.check_size(size)
     for name, held in (("labels", columns.labels), ("crowd flags", columns.crowd), ("areas", columns.area)):
         if held is not None and len(held) != count:
             raise DataError(ROLE, f"expected one of each a box, found {count} boxes and {len(held)} {name}")
@@ -145,23 +144,6 @@ def clipped(objects: Objects, size: Size) -> Objects:
     boxes = np.clip(objects.boxes, 0, np.array([*size, *size], dtype=np.float32))
     whole = Objects(boxes, objects.labels, objects.crowd)
     return whole.take((boxes[:, 2:] > boxes[:, :2]).all(1))
-
-
-def check_size(stated: Size, size: Size) -> None:
-    """Raises DataError if an image is not as large as its row states: what was drawn on another picture, or on
-    one that was resized or turned since, lies elsewhere in this one."""
-    width, height = stated
-    if (width, height) == size:
-        return
-    hint = "is this the file that was annotated?"
-    if (height, width) == size:
-        hint = "were the objects drawn before its EXIF rotation, or are width and height swapped?"
-    elif abs(width * size[1] - height * size[0]) <= max(width, height, *size):  # alike but for rounding
-        hint = "was it resized since it was annotated? Then the objects must be resized too"
-    raise DataError(
-        ROLE,
-        f"expected an image of {width} x {height}, as the data state, found one of {size[0]} x {size[1]}: {hint}",
-    )
 
 
 def _areas(stated: list[Any] | None, spans: np.ndarray) -> np.ndarray:

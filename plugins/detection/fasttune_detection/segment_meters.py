@@ -100,7 +100,9 @@ class InstanceMeter:
             raise ValueError("a prediction has scores that are not finite")
         masks = _masks(prediction)
         labels = tuple(segment["label"] for segment in segments)
-        self.scores.add(reference.get("image"), truths, Regions(labels, _around(masks), _areas(masks), scores, masks))
+        self.scores.add(
+            reference.get("image"), truths, Regions(labels, _around(masks), _areas(masks), scores, masks)
+        )
 
     def merge(self, other: InstanceMeter) -> None:
         self.scores.merge(other.scores)
@@ -144,7 +146,10 @@ class PanopticMeter:
         """As `SemanticMeter.update`; a class may have several segments."""
         truth, labels, shared = _compared(prediction, reference, self.reading)
         true, claimed = Counter[int](), Counter[int]()  # pixels of each segment
-        void, crowd = Counter[int](), Counter[int]()  # of each predicted segment, in void and in crowds of its class
+        void, crowd = (
+            Counter[int](),
+            Counter[int](),
+        )  # of each predicted segment, in void and in crowds of its class
         for (i, j), pixels in shared.items():
             true[i] += pixels
             claimed[j] += pixels
