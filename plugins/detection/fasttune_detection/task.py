@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from fasttune.errors import DataError
 from fasttune.layouts import Opened, Place
 from fasttune.task import Bundle, Column, Loss, Meter, Metric, Sample, Source, Task
 from fasttune_detection.options import DetectionOptions
@@ -47,10 +48,13 @@ class ObjectDetection(Task):
         return (f" {width}x{height}",)
 
     def resolve(self, counts: Mapping[str, int]) -> DetectionOptions:
-        """The options with the median size of train's images, and how many boxes they have on average."""
+        """The options with the median size of train's images, and how many boxes they have on average. Raises
+        DataError if they have none."""
         sizes = Counter({_size_of(name): count for name, count in counts.items() if name.startswith(" ")})
         boxes = sum(count for name, count in counts.items() if not name.startswith(" "))
         images = sizes.total()
+        if images and not boxes:
+            raise DataError(None, f"none of the {images:,} images to train on has a box: nothing is to be learned")
         found: dict[str, Any] = {}
         if images and self.options.image_size is None:
             found["image_size"] = tuple(_median(sizes, lambda size, i=i: size[i]) for i in (0, 1))
