@@ -293,6 +293,21 @@ def test_instances_order_and_split_do_not_matter(levels, paths):
         assert merged(pairs, INSTANCE, order).result() == whole
 
 
+def test_images_that_differ_in_masks_alone_have_an_order():
+    """Same boxes, areas and scores, right and wrong by turns, and no path: the runs of the masks decide."""
+    half = np.zeros((20, 20), bool)
+    half[5:15, 5:15] = np.arange(10) < np.arange(10)[:, None]
+    other = half.copy()
+    other[5:15, 5:15] = half[5:15, 5:15].T  # of the same area, and its box after a corner is added to both
+    half[5, 14] = half[5, 5] = half[14, 5] = half[14, 14] = True
+    other[5, 14] = other[5, 5] = other[14, 5] = other[14, 14] = True
+    row = {"objects": {"masks": [to_rle(half)], "labels": ["a"]}}
+    pairs = [(painted((20, 20), [("a", 0.5, [half, other][i % 2])]), row) for i in range(12)]
+    results = [scored(some, INSTANCE).result() for some in (pairs, pairs[::-1], pairs[::2] + pairs[1::2])]
+    assert results[0] == results[1] == results[2]
+    assert 0 < results[0]["mAP"] < 1
+
+
 def test_instances_keep_runs_and_no_pixels():
     """A mask of a million pixels is kept in a hundred bytes."""
     mask = np.zeros((1000, 1000), bool)
