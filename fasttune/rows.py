@@ -22,7 +22,6 @@ _MEDIA = ("image", "audio", "mask")
 _OPENERS = {"image": open_image, "audio": open_audio, "mask": open_mask}
 # Python's float() takes 1_0 for ten; people don't. nan and inf are let through to be named as such.
 _NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf(inity)?)", re.ASCII | re.IGNORECASE)
-_MEDIA_ALIASES = ("file_name", "file", "path", "filepath", "audio_filepath", "image_path")
 
 
 def media_kind(columns: Sequence[Column]) -> Any:
@@ -53,10 +52,8 @@ def map_columns(table: Table, columns: Sequence[Column], named: Mapping[str, str
     for column in columns:
         if column.role in mapping:
             continue
-        aliases = (*column.aliases, *(_MEDIA_ALIASES if column.kind in ("image", "audio") else ()))
         known = (
-            (alias, alias if alias in table.columns else folded.get(alias.casefold()))
-            for alias in (column.role, *aliases)
+            (alias, alias if alias in table.columns else folded.get(alias.casefold())) for alias in column.names
         )
         fitting = (
             name
@@ -182,7 +179,17 @@ class Rows:
 
     def bad(self, position: int, error: DataError) -> BadRow:
         column = self.mapping.get(error.column, error.column) if error.column else None
-        return BadRow(self.table.name, self.number(position), column, error.why)
+        return BadRow(self.table.name, self.number(position), column, error.why, self._media_path(position))
+
+    def _media_path(self, position: int) -> str | None:
+        """Of the first column of images or audio that names a file."""
+        for column in self.columns:
+            if column.kind in ("image", "audio") and column.role in self.mapping:
+                value = value_of(self.raw(position), self.mapping[column.role])
+                path = value.get("path") if isinstance(value, Mapping) else value
+                if isinstance(path, str) and 0 < len(path) < 256:  # not a picture as text
+                    return path
+        return None
 
     def raw(self, position: int) -> dict[str, Any]:
         """The row as it stands in the table."""

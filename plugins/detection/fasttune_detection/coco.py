@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from fasttune.errors import DataError, nearest
 from fasttune.layouts import SPLITS, Opened, Place, named_splits
-from fasttune_detection.places import listed, notes_on_names, objects_or_fault
+from fasttune_detection.places import listed, notes_on_absent, notes_on_names, objects_or_fault
 from fasttune_detection.stated import Wanted
 
 IDS = (int, str, float)
@@ -65,7 +65,9 @@ def open_coco(place: Place, wanted: Wanted = "boxes") -> Opened:
             image_of.add(annotation, said, names)
     for row, image in zip(rows, found, strict=True):
         row["objects"] = image.objects()
-    return Opened([*rows, *strays], root, notes=(*notes, *notes_on_names(names)))
+    seen = {label for image in found for label in image.labels}
+    notes += [*notes_on_names(names), *notes_on_absent(names.values(), seen, place.split)]
+    return Opened([*rows, *strays], root, notes=tuple(notes))
 
 
 def must_name_a_file(path: Path) -> None:
@@ -115,9 +117,9 @@ class _Image:
             for name, values in self.more.items()
             if any(value is not None and value is not False for value in values)
         }
-        if self.wanted == "masks":
-            return objects_or_fault({"masks": [], "labels": self.labels, **stated}, self.faults)
         size = {"size": self.size} if self.size else {}
+        if self.wanted == "masks":
+            return objects_or_fault({"masks": [], "labels": self.labels, **stated, **size}, self.faults)
         whole = {"boxes": self.boxes, "labels": self.labels, "format": "xywh", **stated, **size}
         return objects_or_fault(whole, self.faults)
 
