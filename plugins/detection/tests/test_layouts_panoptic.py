@@ -8,13 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fasttune.data import check
 from fasttune.errors import DataError
 from fasttune.layouts import Place
-from fasttune.media import Limits
-from fasttune.readers import read
-from fasttune.rows import open_rows
-from fasttune.task import Column
 from fasttune_detection.layouts import open_layout, open_segments
 from fasttune_detection.segments import Reading, read_segments
 
@@ -155,21 +150,17 @@ def test_an_annotation_without_segments_info_among_others(panoptic):
     assert "segments_info: expected a list, found None" in why(opened.rows[1]["objects"])
 
 
-def test_as_the_host_reads_it(panoptic, tmp_path):
-    panoptic([BOTH[0], annotation(9, "b.png", SEGMENTS[:1])])
-    table = read(str(tmp_path / "set" / "annotations" / "panoptic_val.json"), "image", opener=open_segments)
-    columns = (
-        Column("image", "image"),
-        Column("mask", "mask", required=False, target=True),
-        Column("objects", "json", required=False, target=True),
-    )
-    rows = open_rows(table, columns, {}, Limits())
-    reading = Reading("panoptic")
-    seen = check(rows, classes_of=lambda row: read_segments(row, row["image"], reading).labels)
-    assert seen.classes == {"cat": 1, "sky": 1}
-    assert [(bad.row, bad.column) for bad in seen.bad] == [(2, "mask")]
-    assert "2 pixels have ids of no segment, such as 70000" in seen.bad[0].why
-    found = read_segments(rows.read(0, media=True), (3, 2), reading)
+def test_from_the_file_to_segments(panoptic):
+    opened = panoptic([BOTH[0], annotation(9, "b.png", SEGMENTS[:1])])
+
+    def segments(row):
+        with Image.open(opened.root / row["mask"]) as mask:
+            return read_segments({**row, "mask": mask}, (3, 2), Reading("panoptic"))
+
+    found = segments(opened.rows[0])
+    assert found.labels == ("cat", "sky")
     assert (found.masks == [IDS == 300, IDS == 70000]).all()
     assert found.thing.tolist() == [True, False]
     assert (found.void == (IDS == 0)).all()
+    with pytest.raises(DataError, match="2 pixels have ids of no segment, such as 70000"):
+        segments(opened.rows[1])
