@@ -218,7 +218,7 @@ def _shows(segments: Segments, window: tuple[float, float, float, float]) -> boo
     truth at all. An image without segments may be cut anywhere."""
     if not len(segments):
         return True
-    left, top, right, bottom = math.floor(window[0]), math.floor(window[1]), *map(math.ceil, window[2:])
+    left, top, right, bottom = (math.ceil(edge - 0.5) for edge in window)  # pixels whose middles are inside
     inside = segments.masks[:, top:bottom, left:right]
     wanted = segments.thing & ~segments.crowd
     if not segments.thing.any():
