@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 GROUP = "fasttune.tasks.v1"
 _GROUP_STEM = "fasttune.tasks."
 
-Kind = Literal["text", "label", "labels", "number", "image", "audio", "json"]
+Kind = Literal["text", "label", "labels", "number", "image", "audio", "json", "mask"]
 """What a column holds, and what the host hands to `encode`:
 
 text    str, neither null nor blank
@@ -38,15 +38,30 @@ labels  list[str], any number of class names (multi label)
 number  float, finite
 image   PIL.Image.Image in RGB, EXIF rotation applied
 audio   fasttune.media.Audio: float32 mono samples [frames] and their rate in Hz
+mask    PIL.Image.Image of the size of its row's image, whose pixels are ids, neither scaled nor converted, EXIF
+        rotation applied: L, I;16 or I, P (the indices are the ids) or RGB. `classes_of`, `count` and the meter get
+        it opened, too
 json    any JSON value, as it stands in the file; class ids that the file's own features name become those names
 """
+
+
+_FILES = ("file", "file_name", "filename", "filepath", "path")
+MEDIA_ALIASES: Mapping[str, tuple[str, ...]] = {
+    "image": ("img", "image_path", "image_file", *_FILES, "picture", "photo", "pixels"),
+    "audio": (
+        *("audio_path", "audio_file", "audio_filepath", "clip", "wav", "wav_path", "speech", "sound", "recording"),
+        *_FILES,
+    ),
+}
+"""What columns of images and of audio are found by, whatever the task."""
 
 
 @dataclass(frozen=True)
 class Column:
     """A column that the task reads.
 
-    role: its key in the row. aliases: other names it is found by. required: False if data may lack it.
+    role: its key in the row. aliases: other names it is found by, before MEDIA_ALIASES. required: False if data
+    may lack it.
     target: it supervises, so that rows to predict may lack it; labels and numbers always do.
     """
 
@@ -55,6 +70,11 @@ class Column:
     aliases: tuple[str, ...] = ()
     required: bool = True
     target: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What it is found by in a table, the first one first."""
+        return tuple(dict.fromkeys((self.role, *self.aliases, *MEDIA_ALIASES.get(self.kind, ()))))
 
     @property
     def supervises(self) -> bool:
@@ -173,7 +193,7 @@ class Meter(Protocol):
     """Streaming metrics: no logits are kept."""
 
     def update(self, prediction: Any, reference: Mapping[str, Any]) -> None:
-        """prediction: one item of `Task.decode`. reference: the row, by role."""
+        """prediction: one item of `Task.decode`. reference: the row, by role, of its media only masks opened."""
 
     def merge(self, other: Any) -> None:
         """Takes in what another rank has seen."""
@@ -303,8 +323,8 @@ class Task:
 
     def count(self, row: Mapping[str, Any]) -> Iterable[str]:
         """Names under which `resolve` is to find this row counted, beside the classes. row: by role, values
-        checked, audio not opened, of an image its (width, height). Raises DataError(column, why) for a row that
-        can't be used."""
+        checked, masks opened, audio not, of an image its (width, height). Raises DataError(column, why) for a row
+        that can't be used."""
         return ()
 
     def meter(self) -> Meter:

@@ -92,10 +92,12 @@ def read_annotations(value: Any, box_format: Format | None, size: Size | None) -
     read.
 
     Raises DataError for boxes that are not four finite numbers, have no area, or leave the frame by more than a
-    pixel; for boxes that look like another format; and for labels, crowd flags or areas that are not one a box.
+    pixel; for boxes that look like another format; for labels, crowd flags or areas that are not one a box; and
+    for an image of another size than the row states ("size", [width, height], as COCO's JSON has it).
     """
     columns = columns_of(value)
     count = len(columns.boxes)
+    columns.check_size(size)
     for name, held in (("labels", columns.labels), ("crowd flags", columns.crowd), ("areas", columns.area)):
         if held is not None and len(held) != count:
             raise DataError(ROLE, f"expected one of each a box, found {count} boxes and {len(held)} {name}")
@@ -225,7 +227,7 @@ def _hint(stated: np.ndarray, form: Format, size: Size | None) -> str:
             return f". All boxes of this image are good as {other}: {meant}"
     if size is not None and form != "cxcywh" and _all_fit(stated, form, (size[1], size[0])):
         return f". All boxes fit an image of {size[1]} x {size[0]}: were they drawn before its EXIF rotation?"
-    return ". Mend the box, or leave the row out with data.on_error=skip"
+    return ""
 
 
 def _all_fit(stated: np.ndarray, form: Format, size: Size | None) -> bool:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from fasttune.errors import DataError
 from fasttune.layouts import Opened, Place
 from fasttune.task import Bundle, Column, Loss, Meter, Metric, Sample, Source, Task
 from fasttune_detection.options import DetectionOptions
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor, nn
 
-IMAGE_ALIASES = ("img", "image_path", "image_file", "file", "file_name", "filename", "filepath", "path", "picture")
 OBJECT_ALIASES = ("annotations", "annotation", "boxes", "bboxes", "bbox", "labels", "target", "targets")
 
 BOXES, CLASSES, SIZE, MASK = "boxes", "class_labels", "size", "pixel_mask"
@@ -26,7 +26,7 @@ class ObjectDetection(Task):
     """Any object-detection model of transformers that has a loss to train with."""
 
     Options = DetectionOptions
-    columns = (Column("image", "image", IMAGE_ALIASES), Column("objects", "json", OBJECT_ALIASES, target=True))
+    columns = (Column("image", "image"), Column("objects", "json", OBJECT_ALIASES, target=True))
     metrics = (Metric("mAP", "max", primary=True), Metric("mAP50", "max"), Metric("mAP75", "max"))
 
     @classmethod
@@ -48,10 +48,13 @@ class ObjectDetection(Task):
         return (f" {width}x{height}",)
 
     def resolve(self, counts: Mapping[str, int]) -> DetectionOptions:
-        """The options with the median size of train's images, and how many boxes they have on average."""
+        """The options with the median size of train's images, and how many boxes they have on average. Raises
+        DataError if they have none."""
         sizes = Counter({_size_of(name): count for name, count in counts.items() if name.startswith(" ")})
         boxes = sum(count for name, count in counts.items() if not name.startswith(" "))
         images = sizes.total()
+        if images and not boxes:
+            raise DataError(None, f"none of the {images:,} images to train on has a box: nothing is to be learned")
         found: dict[str, Any] = {}
         if images and self.options.image_size is None:
             found["image_size"] = tuple(_median(sizes, lambda size, i=i: size[i]) for i in (0, 1))
