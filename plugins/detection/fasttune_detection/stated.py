@@ -1,6 +1,7 @@
-"""The value of a row's `objects` column, in any of its layouts, as lists with one entry a box.
+"""The value of a row's `objects` column, in any of its layouts, as lists with one entry an object.
 
-What a single entry may be is said here too; what boxes must be together, and to the image, is said in `boxes`.
+What a single entry may be is said here too; what boxes must be together, and to the image, is said in `boxes`,
+what masks must be in `masks`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ _BOXES: dict[str, Format] = {
     "bbox": "xywh",  # COCO's name and COCO's format
     "bboxes": "xywh",
 }
+_MASKS = ("masks", "mask", "segmentation", "segmentations")
 _LABELS = (
     "labels",
     "label",
@@ -46,54 +48,71 @@ _CROWD = ("crowd", "iscrowd", "is_crowd")
 _AREA = ("area", "areas")
 _FARTHEST = 2.0**24  # pixels; beyond it float32 loses whole ones
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
-_NONE = 'an image without objects has {"boxes": [], "labels": []}'
+
+Wanted = Literal["boxes", "masks"]
+"""What a task needs of each object."""
+
+_ONE: dict[Wanted, str] = {"boxes": "box", "masks": "mask"}
 
 
 @dataclass(frozen=True)
 class Columns:
-    """One entry a box in each list; None: not stated. key: the name that the boxes stood under."""
+    """One entry an object in each list; None: not stated, as are empty boxes or masks where the other is wanted.
+    key: the name that the boxes stood under."""
 
     key: str
     boxes: list[Any]
+    masks: list[Any]
     labels: list[Any]
     crowd: list[Any] | None
     area: list[Any] | None
     form: Any
 
 
-def columns_of(value: Any) -> Columns:
+def parsed(value: Any) -> Any:
+    """The column's value, read as JSON if it is text. Raises DataError for text that is none."""
+    if not isinstance(value, str):
+        return value.tolist() if isinstance(value, np.ndarray) else value
+    try:
+        return json.loads(value)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(
+            ROLE, f"expected JSON with objects and labels, found text that is none: {error}"
+        ) from error
+
+
+def columns_of(value: Any, wanted: Wanted = "boxes") -> Columns:
     """The layouts that `boxes.read_annotations` names. Raises DataError for anything else."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                ROLE, f"expected JSON with boxes and labels, found text that is none: {error}"
-            ) from error
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
+    value = parsed(value)
     if isinstance(value, Mapping):
-        return _from_mapping(value)
+        return _from_mapping(value, wanted)
     if isinstance(value, (list, tuple)):
-        return _from_list(value)
+        return _from_list(value, wanted)
     found = "nothing (null)" if value is None else f"{type(value).__name__} {value!r:.60}"
-    raise DataError(ROLE, f"expected boxes and labels, found {found}; {_NONE}")
+    raise DataError(ROLE, f"expected {wanted} and labels, found {found}; {_none(wanted)}")
 
 
-def _from_mapping(value: Mapping[str, Any]) -> Columns:
+def _none(wanted: Wanted) -> str:
+    return f'an image without objects has {{"{wanted}": [], "labels": []}}'
+
+
+def _from_mapping(value: Mapping[str, Any], wanted: Wanted) -> Columns:
     key, boxes = _first(value, tuple(_BOXES))
+    masks_key, masks = _first(value, _MASKS)
     label_key, labels = _first(value, _LABELS)
-    listed, names = _listed(boxes, key), _listed(labels, label_key)
-    nothing = listed is None and names is None and all(held is None for held in value.values())  # a table's {}
-    missing = "boxes" if listed is None and not nothing else "labels" if listed and names is None else None
+    listed = {"boxes": _listed(boxes, key), "masks": _listed(masks, masks_key)}
+    names, needed = _listed(labels, label_key), listed[wanted]
+    nothing = needed is None and names is None and all(held is None for held in value.values())  # a table's {}
+    missing = wanted if needed is None and not nothing else "labels" if needed and names is None else None
     if missing:
         keys = ", ".join(map(str, value))
-        raise DataError(ROLE, f"expected the key {missing!r}, found none; {_NONE}. Keys: {keys}.")
+        raise DataError(ROLE, f"expected the key {missing!r}, found none; {_none(wanted)}. Keys: {keys}.")
     crowd_key, crowd = _first(value, _CROWD)
     area_key, area = _first(value, _AREA)
     return Columns(
         key,
-        listed or [],
+        listed["boxes"] or [],
+        listed["masks"] or [],
         names or [],
         _listed(crowd, crowd_key),
         _listed(area, area_key),
@@ -101,11 +120,12 @@ def _from_mapping(value: Mapping[str, Any]) -> Columns:
     )
 
 
-def _from_list(items: Sequence[Any]) -> Columns:
+def _from_list(items: Sequence[Any], wanted: Wanted) -> Columns:
     for i, item in enumerate(items):
         if not isinstance(item, Mapping):
             raise DataError(
-                ROLE, f"{nth(i, len(items))}: expected a mapping with a box and a label, found {item!r:.60}"
+                ROLE,
+                f"{nth(i, len(items))}: expected a mapping with a {_ONE[wanted]} and a label, found {item!r:.60}",
             )
     names = dict.fromkeys(name for item in items for name, held in item.items() if held is not None)
 
@@ -119,10 +139,11 @@ def _from_list(items: Sequence[Any]) -> Columns:
             )
         return "", None
 
-    key, boxes = column(tuple(_BOXES), "bbox")
+    key, boxes = column(tuple(_BOXES), "bbox" if wanted == "boxes" else None)
     return Columns(
         key,
         boxes or [],
+        column(_MASKS, "segmentation" if wanted == "masks" else None)[1] or [],
         column(_LABELS, "label")[1] or [],
         column(_CROWD)[1],
         column(_AREA)[1],
@@ -140,12 +161,14 @@ def _listed(held: Any, name: str) -> list[Any] | None:
         return None
     if isinstance(held, (list, tuple, np.ndarray)):
         return list(held)
-    raise DataError(ROLE, f"{name}: expected a list, one entry a box, found {type(held).__name__} {held!r:.60}")
+    raise DataError(
+        ROLE, f"{name}: expected a list, one entry an object, found {type(held).__name__} {held!r:.60}"
+    )
 
 
-def nth(index: int, count: int) -> str:
-    """How messages call a box: they count from 1, as they do rows."""
-    return f"box {index + 1} of {count}"
+def nth(index: int, count: int, what: str = "box") -> str:
+    """How messages call a box or an object: they count from 1, as they do rows."""
+    return f"{what} {index + 1} of {count}"
 
 
 def form_of(columns: Columns, box_format: Format | None) -> Format:
@@ -187,19 +210,19 @@ def finite(number: Any, where: str) -> float:
     return found
 
 
-def label_of(label: Any, index: int, count: int) -> str:
+def label_of(label: Any, index: int, count: int, what: str = "box") -> str:
     """A class name, or a class id as text."""
     if isinstance(label, str) and label.strip():
         return label.strip()
     if isinstance(label, numbers.Integral) and not isinstance(label, bool):
         return str(int(label))
     found = "none" if label is None or label == "" else f"{type(label).__name__} {label!r:.60}"
-    raise DataError(ROLE, f"{nth(index, count)}: expected a class (text or a whole number), found {found}")
+    raise DataError(ROLE, f"{nth(index, count, what)}: expected a class (text or a whole number), found {found}")
 
 
-def flag_of(flag: Any, index: int, count: int) -> bool:
+def flag_of(flag: Any, index: int, count: int, what: str = "box") -> bool:
     if flag is None:
         return False
     if isinstance(flag, (bool, np.bool_, numbers.Real)) and flag in (0, 1):
         return bool(flag)
-    raise DataError(ROLE, f"{nth(index, count)}: crowd: expected true or false (1 or 0), found {flag!r:.40}")
+    raise DataError(ROLE, f"{nth(index, count, what)}: crowd: expected true or false (1 or 0), found {flag!r:.40}")
