@@ -49,7 +49,7 @@ def describe_task(name: str) -> dict[str, Any]:
     task = kind()
     columns = [
         f"{column.role} ({column.kind}{'' if column.required else ', optional'}), also found as: "
-        f"{', '.join(column.aliases) or 'nothing else'}"
+        f"{', '.join(column.names[1:]) or 'nothing else'}"
         for column in task.columns
     ]
     metrics = [f"{metric.name} ({metric.best}{', primary' if metric.primary else ''})" for metric in task.metrics]

@@ -21,7 +21,6 @@ from fasttune.task import Column
 _MEDIA = ("image", "audio")
 # Python's float() takes 1_0 for ten; people don't. nan and inf are let through to be named as such.
 _NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf(inity)?)", re.ASCII | re.IGNORECASE)
-_MEDIA_ALIASES = ("file_name", "file", "path", "filepath", "audio_filepath", "image_path")
 
 
 def media_kind(columns: Sequence[Column]) -> Any:
@@ -50,10 +49,7 @@ def map_columns(table: Table, columns: Sequence[Column], named: Mapping[str, str
     for column in columns:
         if column.role in mapping:
             continue
-        aliases = (*column.aliases, *(_MEDIA_ALIASES if column.kind in _MEDIA else ()))
-        known = (
-            name if name in table.columns else folded.get(name.casefold()) for name in (column.role, *aliases)
-        )
+        known = (name if name in table.columns else folded.get(name.casefold()) for name in column.names)
         found = next((name for name in known if name and name not in mapping.values()), None)
         if found:
             mapping[column.role] = found

@@ -42,11 +42,23 @@ json    any JSON value, as it stands in the file; class ids that the file's own 
 """
 
 
+_FILES = ("file", "file_name", "filename", "filepath", "path")
+MEDIA_ALIASES: Mapping[str, tuple[str, ...]] = {
+    "image": ("img", "image_path", "image_file", *_FILES, "picture", "photo", "pixels"),
+    "audio": (
+        *("audio_path", "audio_file", "audio_filepath", "clip", "wav", "wav_path", "speech", "sound", "recording"),
+        *_FILES,
+    ),
+}
+"""What columns of images and of audio are found by, whatever the task."""
+
+
 @dataclass(frozen=True)
 class Column:
     """A column that the task reads.
 
-    role: its key in the row. aliases: other names it is found by. required: False if data may lack it.
+    role: its key in the row. aliases: other names it is found by, before MEDIA_ALIASES. required: False if data
+    may lack it.
     target: it supervises, so that rows to predict may lack it; labels and numbers always do.
     """
 
@@ -55,6 +67,11 @@ class Column:
     aliases: tuple[str, ...] = ()
     required: bool = True
     target: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What it is found by in a table, the first one first."""
+        return tuple(dict.fromkeys((self.role, *self.aliases, *MEDIA_ALIASES.get(self.kind, ()))))
 
     @property
     def supervises(self) -> bool:

@@ -63,6 +63,19 @@ def test_columns_are_found(names: list[str], named: dict[str, str], expected: di
     assert map_columns(table, (TEXT, PAIR, LABEL), named) == expected
 
 
+@pytest.mark.parametrize("kind", ["image", "audio"])
+def test_media_are_found_by_the_names_that_they_usually_have(kind: Any) -> None:
+    """Of every task, after its own aliases."""
+    own = Column(kind, kind, ("scan",))
+    for name in ("file", "file_name", "FileName", "filepath", "path", f"{kind}_path", f"{kind}_file"):
+        assert map_columns(table_of({"id": 1, name: "x"}), (Column(kind, kind),), {}) == {kind: name}
+        assert map_columns(table_of({name: "x", "scan": "y"}), (own,), {}) == {kind: "scan"}
+        with pytest.raises(DataError, match="no column for 'text'"):
+            map_columns(table_of({name: "x"}), (TEXT,), {})
+    assert own.names[:2] == (kind, "scan")
+    assert len(set(own.names)) == len(own.names)
+
+
 def test_a_column_serves_one_role_only() -> None:
     table = table_of({"text": "x", "other": "y"})
     with pytest.raises(DataError, match="no column for 'label'"):

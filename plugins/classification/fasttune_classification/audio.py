@@ -8,21 +8,6 @@ from fasttune.task import Bundle, Column, Sample, Source
 from fasttune_classification.classifier import Classifier
 from fasttune_classification.options import AudioOptions
 
-AUDIO_ALIASES = (
-    "audio_path",
-    "audio_file",
-    "clip",
-    "wav",
-    "wav_path",
-    "speech",
-    "sound",
-    "recording",
-    "file",
-    "file_name",
-    "filename",
-    "filepath",
-    "path",
-)
 AUDIO_LABEL_ALIASES = ("keyword", "command", "intent", "emotion", "genre", "language", "speaker", "speaker_id")
 
 
@@ -30,7 +15,7 @@ class AudioClassification(Classifier):
     """Any audio-classification model of transformers, on waveforms or on spectrograms."""
 
     Options = AudioOptions
-    input_columns = (Column("audio", "audio", AUDIO_ALIASES),)
+    input_columns = (Column("audio", "audio"),)
     label_aliases = (*Classifier.label_aliases, *AUDIO_LABEL_ALIASES)
 
     def build(self, source: Source, labels: list[str]) -> Bundle:

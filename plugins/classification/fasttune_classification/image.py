@@ -8,26 +8,12 @@ from fasttune.task import Bundle, Column, Sample, Source
 from fasttune_classification.classifier import Classifier
 from fasttune_classification.options import ImageOptions
 
-IMAGE_ALIASES = (
-    "img",
-    "image_path",
-    "image_file",
-    "file",
-    "file_name",
-    "filename",
-    "filepath",
-    "path",
-    "picture",
-    "photo",
-    "pixels",
-)
-
 
 class ImageClassification(Classifier):
     """Any image-classification model of transformers, timm's included where timm is installed."""
 
     Options = ImageOptions
-    input_columns = (Column("image", "image", IMAGE_ALIASES),)
+    input_columns = (Column("image", "image"),)
 
     def build(self, source: Source, labels: list[str]) -> Bundle:
         """Raises ModelError if the folder holds no image model with a processor, or if the model can't take images

@@ -11,7 +11,7 @@ TASKS = (TextClassification, ImageClassification, AudioClassification)
 
 @pytest.mark.parametrize("task", TASKS)
 def test_no_name_belongs_to_two_roles(task):
-    names = [name for column in task().columns for name in (column.role, *column.aliases)]
+    names = [name for column in task().columns for name in column.names]
     assert len(names) == len(set(names))
 
 

@@ -92,10 +92,12 @@ def read_annotations(value: Any, box_format: Format | None, size: Size | None) -
     read.
 
     Raises DataError for boxes that are not four finite numbers, have no area, or leave the frame by more than a
-    pixel; for boxes that look like another format; and for labels, crowd flags or areas that are not one a box.
+    pixel; for boxes that look like another format; for labels, crowd flags or areas that are not one a box; and
+    for an image of another size than the row states ("size", [width, height], as COCO's JSON has it).
     """
     columns = columns_of(value)
     count = len(columns.boxes)
+    columns.check_size(size)
     for name, held in (("labels", columns.labels), ("crowd flags", columns.crowd), ("areas", columns.area)):
         if held is not None and len(held) != count:
             raise DataError(ROLE, f"expected one of each a box, found {count} boxes and {len(held)} {name}")

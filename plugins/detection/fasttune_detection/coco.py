@@ -15,7 +15,7 @@ from typing import Any
 
 from fasttune.errors import DataError, nearest
 from fasttune.layouts import SPLITS, Opened, Place, named_splits
-from fasttune_detection.places import listed, notes_on_names, objects_or_fault
+from fasttune_detection.places import listed, notes_on_absent, notes_on_names, objects_or_fault
 
 _LOOKED_FOR = 64  # image files, spread over all, by which the images' folder is found
 _IDS = (int, str, float)
@@ -60,7 +60,9 @@ def open_coco(place: Place) -> Opened:
             image_of.add(annotation, said, names)
     for row, image in zip(rows, found, strict=True):
         row["objects"] = image.objects()
-    return Opened([*rows, *strays], root, notes=(*notes, *notes_on_names(names)))
+    seen = {label for image in found for label in image.labels}
+    notes += [*notes_on_names(names), *notes_on_absent(names.values(), seen, place.split)]
+    return Opened([*rows, *strays], root, notes=tuple(notes))
 
 
 def must_name_a_file(path: Path) -> None:

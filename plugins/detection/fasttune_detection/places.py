@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fasttune.errors import DataError
+from fasttune.layouts import named_splits
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 
 _SHOWN = 5  # faults of one image; whoever mends them finds the others
+_LISTED = 8  # classes of a message
 _MOST_BYTES = 64 * 2**20  # of a file of labels; the largest set's list of images is a tenth of it
 
 
@@ -65,8 +67,23 @@ def objects_or_fault(objects: Mapping[str, Any], faults: Sequence[str]) -> Mappi
 
 def listed(names: Mapping[Any, str]) -> str:
     """A class list for a message."""
-    shown = ", ".join(f"{key} ({name})" for key, name in list(names.items())[:8])
-    return f"the {len(names)} classes: {shown}{', …' if len(names) > 8 else ''}"
+    shown = ", ".join(f"{key} ({name})" for key, name in list(names.items())[:_LISTED])
+    return f"the {len(names)} classes: {shown}{', …' if len(names) > _LISTED else ''}"
+
+
+def notes_on_absent(names: Iterable[str], seen: Iterable[str], split: str) -> tuple[str, ...]:
+    """Classes of a list that none of the objects to train on has: the host knows classes by objects alone."""
+    if named_splits("validation", [split]) or named_splits("test", [split]):
+        return ()
+    stated, held = set(names), set(seen)
+    absent = sorted(stated - held)
+    if not absent:
+        return ()
+    more = ", …" if len(absent) > _LISTED else ""
+    return (
+        f"{len(absent)} of the {len(stated)} classes that it names have no object: "
+        f"{', '.join(absent[:_LISTED])}{more}; a model that is trained on it won't know them",
+    )
 
 
 def notes_on_names(names: Mapping[Any, str]) -> tuple[str, ...]:

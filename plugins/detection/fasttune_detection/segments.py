@@ -177,6 +177,7 @@ def _panoptic(mask: Image.Image | None, stated: Any, size: Size, reading: Readin
 
 def _instances(value: Any, size: Size, reading: Reading) -> Segments:
     columns = columns_of(value, "masks")
+    columns.check_size(size)
     count = len(columns.masks)
     for name, held in (("labels", columns.labels), ("crowd flags", columns.crowd), ("areas", columns.area)):
         if held is not None and len(held) != count:

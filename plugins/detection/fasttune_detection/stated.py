@@ -58,7 +58,7 @@ _ONE: dict[Wanted, str] = {"boxes": "box", "masks": "mask"}
 @dataclass(frozen=True)
 class Columns:
     """One entry an object in each list; None: not stated, as are empty boxes or masks where the other is wanted.
-    key: the name that the boxes stood under."""
+    key: the name that the boxes stood under. size: width and height of the image."""
 
     key: str
     boxes: list[Any]
@@ -67,6 +67,21 @@ class Columns:
     crowd: list[Any] | None
     area: list[Any] | None
     form: Any
+    size: tuple[int, int] | None = None
+
+    def check_size(self, size: tuple[int, int] | None) -> None:
+        """Raises DataError if the image has another (width, height) than the row states: what was drawn on another
+        picture, or on one that was resized or turned since, lies elsewhere in this one."""
+        if size is None or self.size in (None, size):
+            return
+        width, height = self.size
+        hint = "is this the file that was annotated?"
+        if (height, width) == size:
+            hint = "were the objects drawn before its EXIF rotation, or are width and height swapped?"
+        elif abs(width * size[1] - height * size[0]) <= max(width, height, *size):  # alike but for rounding
+            hint = "was it resized since it was annotated? Then the objects must be resized too"
+        expected = f"expected an image of {width} x {height}, as the data state"
+        raise DataError(ROLE, f"{expected}, found one of {size[0]} x {size[1]}: {hint}")
 
 
 def parsed(value: Any) -> Any:
@@ -117,7 +132,16 @@ def _from_mapping(value: Mapping[str, Any], wanted: Wanted) -> Columns:
         _listed(crowd, crowd_key),
         _listed(area, area_key),
         value.get("format"),
+        _size_of(value.get("size")),
     )
+
+
+def _size_of(held: Any) -> tuple[int, int] | None:
+    """(width, height), where the row states them; None for what else a hub set may call so: a size of each box."""
+    sides = list(held) if isinstance(held, (list, tuple, np.ndarray)) else []
+    if len(sides) != 2 or not all(isinstance(side, numbers.Integral) and side > 0 for side in sides):
+        return None
+    return int(sides[0]), int(sides[1])
 
 
 def _from_list(items: Sequence[Any], wanted: Wanted) -> Columns:

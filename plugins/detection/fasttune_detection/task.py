@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor, nn
 
-IMAGE_ALIASES = ("img", "image_path", "image_file", "file", "file_name", "filename", "filepath", "path", "picture")
 OBJECT_ALIASES = ("annotations", "annotation", "boxes", "bboxes", "bbox", "labels", "target", "targets")
 
 BOXES, CLASSES, SIZE, MASK = "boxes", "class_labels", "size", "pixel_mask"
@@ -26,7 +25,7 @@ class ObjectDetection(Task):
     """Any object-detection model of transformers that has a loss to train with."""
 
     Options = DetectionOptions
-    columns = (Column("image", "image", IMAGE_ALIASES), Column("objects", "json", OBJECT_ALIASES, target=True))
+    columns = (Column("image", "image"), Column("objects", "json", OBJECT_ALIASES, target=True))
     metrics = (Metric("mAP", "max", primary=True), Metric("mAP50", "max"), Metric("mAP75", "max"))
 
     @classmethod

@@ -24,6 +24,7 @@ from fasttune_detection.places import (
     images_in,
     is_inside,
     listed,
+    notes_on_absent,
     notes_on_names,
     objects_or_fault,
     read_text,
@@ -56,7 +57,9 @@ def open_yolo(place: Place) -> Opened | None:
     images = list(found.images(document[split]))
     if not images:
         raise DataError(None, f"{file.name}, {split}: no image ({', '.join(sorted(IMAGE_SUFFIXES))}) is there")
-    rows, notes = _rows(images, found.root, names, _keypoints(document))
+    rows, seen, notes = _rows(images, found.root, names, _keypoints(document))
+    if seen is not None:
+        notes += notes_on_absent(names.values(), seen, split)
     return Opened(rows, found.root, split, splits, (*found.notes, *notes_on_names(names), *notes))
 
 
@@ -185,14 +188,16 @@ class _Set:
 
 def _rows(
     images: list[Path], root: Path, names: Mapping[int, str], keypoints: int
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """(a row an image, notes). Without a single file of labels, rows have no objects: images to predict."""
+) -> tuple[list[dict[str, Any]], set[str] | None, list[str]]:
+    """(a row an image, the classes that are seen, notes). Without a single file of labels, rows have no objects:
+    images to predict."""
     rows: list[dict[str, Any]] = [{"image": below(image, root)} for image in images]
     files = [_labels_of(image, root) for image in images]
     there = [os.path.lexists(file) for file in files]
     if not any(there):
-        return rows, [f"no image has a file of labels; the first would be {below(files[0], root)}"]
+        return rows, None, [f"no image has a file of labels; the first would be {below(files[0], root)}"]
     polygons = lines = 0
+    seen: set[str] = set()
     for row, file, exists in zip(rows, files, there, strict=True):
         labels = _Labels(below(file, root), names, keypoints)
         if exists:
@@ -200,13 +205,14 @@ def _rows(
         row["objects"] = objects_or_fault(
             {"boxes": labels.boxes, "labels": labels.labels, "format": "cxcywh"}, labels.faults
         )
+        seen.update(labels.labels)
         polygons, lines = polygons + labels.polygons, lines + labels.lines
     notes = []
     if polygons:
         notes.append(f"{polygons:,} of {lines:,} lines are polygons; their bounding boxes are taken")
     if not all(there):
         notes.append(f"{there.count(False):,} of {len(files):,} images have no file of labels: no boxes")
-    return rows, notes
+    return rows, seen, notes
 
 
 def _labels_of(image: Path, root: Path) -> Path:

@@ -156,6 +156,34 @@ def test_what_is_wrong_is_named(fault):
         assert words in caught.value.why
 
 
+@pytest.mark.parametrize(
+    ("stated", "said"),
+    [
+        ((100, 200), ("expected an image of 100 x 200, as the data state, found one of 200 x 100", "EXIF")),
+        ((400, 200), ("expected an image of 400 x 200", "was it resized")),
+        ((133, 67), ("was it resized",)),  # two thirds, rounded
+        ((201, 100), ("was it resized",)),
+        ((640, 480), ("is this the file that was annotated?",)),
+    ],
+)
+@pytest.mark.parametrize("boxes", [XYXY[:1], []])
+def test_an_image_of_another_size_than_the_row_states(stated, said, boxes):
+    """Whose boxes lie in the frame all the same."""
+    value = {"boxes": boxes, "labels": ["cat"] * len(boxes), "size": list(stated)}
+    with pytest.raises(DataError) as caught:
+        read_objects(value, None, SIZE)
+    assert caught.value.column == "objects"
+    assert all(words in caught.value.why for words in said)
+    value["size"] = [200, 100]
+    assert len(read_objects(value, None, SIZE)) == len(boxes)
+
+
+@pytest.mark.parametrize("column", [[7.5, 9.5], ["small", "large"], [0, 1], [7], None])
+def test_what_else_a_set_may_call_size_is_none_of_the_images(column):
+    value = {"boxes": XYXY, "labels": ["cat", "dog"], "size": column}
+    assert len(read_objects(value, None, SIZE)) == 2
+
+
 def test_fractions_need_a_size():
     with pytest.raises(DataError, match="image's size"):
         read_objects({"boxes": CXCYWH, "labels": [1, 2]}, "cxcywh", None)

@@ -63,6 +63,25 @@ def test_rows_in_the_order_of_the_images(coco, tmp_path):
     assert (opened.split, opened.splits) == (None, ())
 
 
+def test_classes_that_nothing_has_are_said_of_train_alone(coco, tmp_path):
+    opened = coco([box(1), box(2, category=1)])
+    said = (
+        "2 of the 3 classes that it names have no object: dog, owl; a model that is trained on it won't know them"
+    )
+    assert said in opened.notes
+    assert not any("no object" in note for note in coco([box(1), box(2, 9, 7), box(3, 9, 90)]).notes)
+    for split, is_said in (("train", True), ("fold 1", True), ("validation", False), ("test", False)):
+        path = tmp_path / "set" / "annotations" / "instances_train.json"
+        document = {"images": IMAGES, "categories": CATEGORIES, "annotations": [box(1)]}
+        notes = open_layout(Place(path, split, document)).notes
+        assert any("no object" in note for note in notes) == is_said
+    many = [{"id": i, "name": f"class {i:02}"} for i in range(20)]
+    (note,) = (note for note in coco([box(1, category=3)], categories=many).notes if "no object" in note)
+    assert "19 of the 20" in note
+    assert "class 00, class 01, class 02, class 04" in note
+    assert ", …;" in note
+
+
 def test_crowds_areas_and_masks_are_handed_on(coco):
     polygon = [[1, 2, 30, 4, 5, 60.5]]
     rle = {"size": [80, 100], "counts": "abc"}

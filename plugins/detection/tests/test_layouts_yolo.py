@@ -35,6 +35,19 @@ def labels(text, *more):
     }
 
 
+def test_classes_that_nothing_has_are_said_of_train_alone(yolo):
+    files = {
+        **labels("1 0.5 0.5 1 1"),
+        "images/val/c.png": "",
+        "labels/val/c.txt": "1 0.5 0.5 1 1",
+    }
+    said = "1 of the 2 classes that it names have no object: cat; a model that is trained on it won't know them"
+    assert said in yolo(files).notes
+    assert not any("no object" in note for note in yolo(files, split="validation").notes)
+    both = {**files, **labels("0 0.5 0.5 1 1")}
+    assert not any("no object" in note for note in yolo(both).notes)
+
+
 def test_rows_keep_fractions_and_bear_names(yolo, tmp_path):
     opened = yolo(
         {
