@@ -126,11 +126,15 @@ def train_batch_norms(model: nn.Module) -> tuple[str, ...]:
     return (f"{len(norms)} batch norms are trained{thawed}; their scales start at 1",)
 
 
-def check_weights(source: Source, loaded: Loaded, blocks: tuple[str, ...], head: tuple[str, ...]) -> None:
-    """Raises ModelError if more than classes is missing in the checkpoint."""
-    lacking = {name for name in loaded.missing if not inside(name, head)}
+def check_weights(
+    source: Source, loaded: Loaded, blocks: tuple[str, ...], head: tuple[str, ...], base: str | None = None
+) -> None:
+    """Raises ModelError if more than the head is missing in the checkpoint. base: the backbone; None: the child that
+    is it; "": all of the model."""
+    lacking = {name for name in loaded.missing if name not in head and not inside(name, head)}
     if lacking:
-        check_backbone(source, loaded, structure.base_name(loaded.model), blocks, lacking)
+        base = structure.base_name(loaded.model) if base is None else base
+        check_backbone(source, loaded, base, blocks, lacking)
 
 
 def count_classes(names: list[str]) -> str:

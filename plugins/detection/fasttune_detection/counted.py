@@ -1,0 +1,65 @@
+"""What a task counts of the images of train, as names beside those of classes, and what follows from it.
+
+No class bears such a name: they begin with a blank, and names of classes have none around them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from fasttune_detection.boxes import Size
+
+_STUFF = " stuff "
+
+
+def size_name(size: Size) -> str:
+    """size: (width, height)."""
+    return f" {size[0]}x{size[1]}"
+
+
+def stuff_names(classes: Iterable[str]) -> Iterable[str]:
+    return (_STUFF + name for name in classes)
+
+
+def found_in(counts: Mapping[str, int], options: Any, per_image: str) -> dict[str, Any]:
+    """Values of those options that nobody has set, and that follow from the images of train: the medians
+    `image_size` and `edges`, and `per_image`, the mean number of objects."""
+    sizes = Counter({_size_of(name): count for name, count in counts.items() if _is_size(name)})
+    objects = sum(count for name, count in counts.items() if not name.startswith(" "))
+    images = sizes.total()
+    found: dict[str, Any] = {}
+    if images and options.image_size is None:
+        found["image_size"] = tuple(_median(sizes, lambda size, i=i: size[i]) for i in (0, 1))
+    if images and options.edges is None:
+        found["edges"] = (_median(sizes, min), _median(sizes, max))
+    if images and objects and getattr(options, per_image) is None:
+        found[per_image] = objects / images
+    return found
+
+
+def stuff_in(counts: Mapping[str, int]) -> tuple[str, ...]:
+    return tuple(sorted(name.removeprefix(_STUFF) for name in counts if name.startswith(_STUFF)))
+
+
+def _is_size(name: str) -> bool:
+    return name.startswith(" ") and not name.startswith(_STUFF)
+
+
+def _size_of(name: str) -> Size:
+    width, _, height = name.strip().partition("x")
+    return int(width), int(height)
+
+
+def _median(sizes: Counter[Size], edge: Callable[[Size], int]) -> int:
+    """The lower median of an edge over all images."""
+    edges: Counter[int] = Counter()
+    for size, count in sizes.items():
+        edges[edge(size)] += count
+    seen, half = 0, (edges.total() + 1) // 2
+    for length in sorted(edges):
+        seen += edges[length]
+        if seen >= half:
+            return length
+    raise ValueError("no images")
