@@ -218,8 +218,9 @@ class Encoded:
             raise BadRows([self.rows.bad(position, error)]) from error
 
     def reference(self, index: int) -> dict[str, Any]:
-        """The row of a sample, by role, media not opened: what a meter compares a prediction with."""
-        return self.rows.read(self.owner[index])
+        """The row of a sample, by role, masks opened, images and audio not: what a meter compares a prediction
+        with."""
+        return self.rows.with_masks(self.rows.read(self.owner[index]))
 
     def _encode(
         self, position: int, raw: Mapping[str, Any], random: np.random.Generator | None = None

@@ -1,4 +1,4 @@
-"""Images and audio: opened within limits, in one form, with a clear reason where they can't be."""
+"""Images, masks and audio: opened within limits, in one form, with a clear reason where they can't be."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au"})
 _UNKNOWN_SIZE = 0x7FFFFFFF  # and above: what programs write that stream and can't go back
+_KEEPS_IDS = ("PNG", "TIFF", "BMP", "GIF", "PPM")  # formats that give back every pixel as it was
+_SPREAD = {"L;2": 85, "L;4": 17}  # what Pillow multiplies pixels of 2 and 4 bits by, so that the last one is white
 MEDIA_SUFFIXES = {"image": IMAGE_SUFFIXES, "audio": AUDIO_SUFFIXES}
 
 
@@ -67,19 +69,86 @@ def open_image(value: Any, column: str, root: Path | None, limits: Limits) -> Im
 
     Raises DataError for a file that is empty, truncated, no image, or larger than `limits.max_pixels`.
     """
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
+
+    with _decoding(value, column, root) as (image, named):
+        _check_pixels(image, column, named, limits)
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def open_mask(value: Any, column: str, root: Path | None, limits: Limits) -> Image.Image:
+    """A PIL image whose pixels are ids as the file holds them, with its EXIF rotation applied: L, I;16, I, P (the
+    indices are the ids, whatever their colours) or RGB. One bit becomes L with 0 and 1; an alpha channel that is
+    opaque everywhere is left out.
+
+    Raises what `open_image` does, and DataError for a format that may have changed pixels (JPEG), for transparent
+    pixels, and for pixels that are no ids (CMYK, fractions, colours of 16 bits).
+    """
+    from PIL import ImageOps
+
+    with _decoding(value, column, root, "the mask") as (image, named):
+        _check_pixels(image, column, named, limits)
+        codec, packed = _how_it_is_packed(image)
+        if image.format not in _KEEPS_IDS or image.info.get("compression") in ("jpeg", "webp"):
+            kind = image.format if image.format not in _KEEPS_IDS else "TIFF that is compressed as JPEG"
+            raise DataError(column, f"{named} is a {kind}, which may have smeared its ids; save masks as PNG")
+        if codec == "ppm" or (image.mode.startswith("RGB") and ";16" in packed):
+            # Pillow spreads the values of the one to 8 or 16 bits, and cuts those of the other down to 8.
+            found = "values up to another number than 255" if codec == "ppm" else "colours of 16 bits"
+            raise DataError(column, f"{named} holds {found}; expected ids of 8 or 16 bits, or colours of 8")
+        image.load()
+        return _ids_of(ImageOps.exif_transpose(image), packed, column, named)
+
+
+def _how_it_is_packed(image: Image.Image) -> tuple[str, str]:
+    """(codec, raw mode) of a file that is not decoded yet, as Pillow calls them: ("zip", "L;4")."""
+    tiles: Any = getattr(image, "tile", None)
+    codec, _, _, arguments = tiles[0] if tiles else ("", (), 0, "")
+    return codec, str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
+
+
+def _ids_of(image: Image.Image, packed: str, column: str, named: str) -> Image.Image:
+    from PIL import Image
+
+    mode = image.mode
+    if mode in ("LA", "PA", "RGBA"):
+        if image.getchannel("A").getextrema() != (255, 255):
+            raise DataError(column, f"{named} has transparent pixels, whose ids can't be told; expected none")
+        return image.convert("RGB") if mode == "RGBA" else image.getchannel(0)
+    if mode == "1":
+        return Image.fromarray(np.asarray(image).astype(np.uint8))
+    if mode == "L" and packed[:3] in _SPREAD:
+        return Image.fromarray(np.asarray(image) // np.uint8(_SPREAD[packed[:3]]))
+    if mode.startswith("I;16"):
+        return Image.fromarray(np.asarray(image).astype(np.uint16))
+    if mode in ("L", "P", "I", "RGB"):
+        return image
+    raise DataError(column, f"{named} is of mode {mode}; expected ids (grey or palette) or colours (RGB)")
+
+
+def _check_pixels(image: Image.Image, column: str, named: str, limits: Limits) -> None:
+    """Before any pixel is decoded."""
+    width, height = image.size
+    if width * height > limits.max_pixels:
+        limit = f"more than data.max_pixels {limits.max_pixels}"
+        raise DataError(column, f"{named} has {width} x {height} pixels, {limit}")
+
+
+@contextlib.contextmanager
+def _decoding(
+    value: Any, column: str, root: Path | None, otherwise: str = "the image"
+) -> Iterator[tuple[Image.Image, str]]:
+    """The image, its header read, and what messages call it (`otherwise` if it is no file). What Pillow raises
+    inside becomes a DataError."""
+    from PIL import Image
 
     source = locate(value, column, root)
-    named = f"the file {source.name!r}" if isinstance(source, Path) else "the image"
+    named = f"the file {source.name!r}" if isinstance(source, Path) else otherwise
     try:
         with _pillows_limit_off(), warnings.catch_warnings(), Image.open(source) as image:
             warnings.simplefilter("ignore", UserWarning)  # broken metadata around pixels that are whole
-            width, height = image.size
-            if width * height > limits.max_pixels:  # before any pixel is decoded
-                limit = f"more than data.max_pixels {limits.max_pixels}"
-                raise DataError(column, f"{named} has {width} x {height} pixels, {limit}")
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            yield image, named
     except Image.UnidentifiedImageError as error:
         raise DataError(column, f"{named} is not an image that Pillow can read") from error
     # Pillow's decoders raise these on truncated and corrupt files.
@@ -92,19 +161,11 @@ def image_size(value: Any, column: str, root: Path | None) -> tuple[int, int]:
 
     Raises DataError for a file that is empty or no image; what is wrong with its pixels shows when it is opened.
     """
-    from PIL import ExifTags, Image
+    from PIL import ExifTags
 
-    source = locate(value, column, root)
-    named = f"the file {source.name!r}" if isinstance(source, Path) else "the image"
-    try:
-        with _pillows_limit_off(), warnings.catch_warnings(), Image.open(source) as image:
-            warnings.simplefilter("ignore", UserWarning)
-            lies_on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-            width, height = image.size
-    except Image.UnidentifiedImageError as error:
-        raise DataError(column, f"{named} is not an image that Pillow can read") from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError) as error:
-        raise DataError(column, f"{named} can't be decoded: {error}") from error
+    with _decoding(value, column, root) as (image, _):
+        lies_on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        width, height = image.size
     return (height, width) if lies_on_its_side else (width, height)
 
 

@@ -14,24 +14,27 @@ from typing import Any
 import numpy as np
 
 from fasttune.errors import BadRow, DataError, nearest
-from fasttune.media import Limits, image_size, locate, open_audio, open_image
+from fasttune.media import Limits, image_size, locate, open_audio, open_image, open_mask
 from fasttune.readers import Table
 from fasttune.task import Column
 
-_MEDIA = ("image", "audio")
+_MEDIA = ("image", "audio", "mask")
+_OPENERS = {"image": open_image, "audio": open_audio, "mask": open_mask}
 # Python's float() takes 1_0 for ten; people don't. nan and inf are let through to be named as such.
 _NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf(inity)?)", re.ASCII | re.IGNORECASE)
 
 
 def media_kind(columns: Sequence[Column]) -> Any:
-    """ "image" or "audio" if the task reads such files, else None."""
-    return next((column.kind for column in columns if column.kind in _MEDIA), None)
+    """ "image" or "audio" if the task reads such files, else None. Masks are read beside images."""
+    return next((column.kind for column in columns if column.kind in ("image", "audio")), None)
 
 
 def map_columns(table: Table, columns: Sequence[Column], named: Mapping[str, str]) -> dict[str, str]:
     """The table's column for each role: the one named in data.columns, else the role's own name, else an alias.
 
-    A name with dots leads into a column of mappings: "translation.en". Raises DataError with the nearest name.
+    A name with dots leads into a column of mappings: "translation.en". An alias counts only where the column's
+    type can hold the role's kind: what is called "label" may be a class or a mask. Raises DataError with the
+    nearest name.
     """
     roles = [column.role for column in columns]
     for role, name in named.items():
@@ -49,8 +52,15 @@ def map_columns(table: Table, columns: Sequence[Column], named: Mapping[str, str
     for column in columns:
         if column.role in mapping:
             continue
-        known = (name if name in table.columns else folded.get(name.casefold()) for name in column.names)
-        found = next((name for name in known if name and name not in mapping.values()), None)
+        known = (
+            (alias, alias if alias in table.columns else folded.get(alias.casefold())) for alias in column.names
+        )
+        fitting = (
+            name
+            for alias, name in known
+            if name and (alias == column.role or _may_hold(_feature(table, name), column.kind))
+        )
+        found = next((name for name in fitting if name not in mapping.values()), None)
         if found:
             mapping[column.role] = found
         elif column.required:
@@ -176,9 +186,10 @@ class Rows:
         return self.table.dataset[int(self.indices[position])]
 
     def read(self, position: int, *, media: bool = False, raw: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The row by role, values checked. media: open images and audio, else leave them as they stand.
+        """The row by role, values checked. media: open images, masks and audio, else leave them as they stand.
 
-        Raises DataError for a value that is not of its column's kind.
+        Raises DataError for a value that is not of its column's kind, and for a mask of another size than its
+        image.
         """
         raw = self.raw(position) if raw is None else raw
         row: dict[str, Any] = {}
@@ -197,14 +208,36 @@ class Rows:
                 row[column.role] = self._decoders[column.role](value)
             except ValueError as error:
                 raise DataError(column.role, str(error)) from error
+        if media:
+            self._masks_must_fit(row, {role: row[role].size for role in self._roles("image", row)})
         return row
 
     def measured(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """A row that `read` gave, with (width, height) in the place of each image, from the file's header.
+        """A row that `read` gave, with (width, height) in the place of each image, from the file's header, and its
+        masks opened.
 
-        Raises DataError for a file that is no image."""
-        images = [column.role for column in self.columns if column.kind == "image" and column.role in row]
-        return {**row, **{role: image_size(row[role], role, self.table.root) for role in images}}
+        Raises DataError for a file that is no image, and for a mask of another size than its image."""
+        sizes = {role: image_size(row[role], role, self.table.root) for role in self._roles("image", row)}
+        opened = self.with_masks(row)
+        self._masks_must_fit(opened, sizes)
+        return {**opened, **sizes}
+
+    def with_masks(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row that `read` gave, with its masks opened."""
+        masks = [column for column in self.columns if column.kind == "mask" and column.role in row]
+        return {**row, **{column.role: self._open(column, row[column.role]) for column in masks}}
+
+    def _roles(self, kind: str, row: Mapping[str, Any]) -> list[str]:
+        return [column.role for column in self.columns if column.kind == kind and column.role in row]
+
+    def _masks_must_fit(self, row: Mapping[str, Any], sizes: Mapping[str, tuple[int, int]]) -> None:
+        """Raises DataError for a mask that has not the size of the row's images."""
+        for role in self._roles("mask", row):
+            size = row[role].size
+            for image, expected in sizes.items():
+                if size != expected:
+                    found = f"{size[0]} x {size[1]} pixels; the {image} has {expected[0]} x {expected[1]}"
+                    raise DataError(role, f"the mask has {found}, both after their EXIF rotation")
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         """Raw rows, in order; faster than `raw` one by one."""
@@ -236,8 +269,7 @@ class Rows:
         return source.read_bytes() if isinstance(source, Path) else source.getvalue()
 
     def _open(self, column: Column, value: Any) -> Any:
-        opener = open_image if column.kind == "image" else open_audio
-        return opener(value, column.role, self.table.root, self.limits)
+        return _OPENERS[column.kind](value, column.role, self.table.root, self.limits)
 
     def _decoder(self, role: str) -> Callable[[Any], Any]:
         column = _by_role(self.columns, role)
@@ -284,6 +316,20 @@ def _feature(table: Table, name: str) -> Any:
         outer, _, name = name.partition(".")
         held = held.get(outer)
     return held.get(name) if isinstance(held, Mapping) else None
+
+
+def _may_hold(feature: Any, kind: str) -> bool:
+    """Whether a column of this type, as `datasets` knows it, may hold such values; None: nothing is known."""
+    import datasets
+
+    if feature is None:
+        return True
+    if kind == "json":
+        return not isinstance(feature, (datasets.Image, datasets.Audio))
+    if kind in ("mask", "image") and not isinstance(feature, datasets.Image):
+        of_paths = getattr(feature, "dtype", None) in ("string", "large_string", "string_view", "null")
+        return of_paths or (isinstance(feature, Mapping) and feature.keys() <= {"path", "bytes"})
+    return True
 
 
 def _naming(feature: Any) -> Callable[[Any], Any] | None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 GROUP = "fasttune.tasks.v1"
 _GROUP_STEM = "fasttune.tasks."
 
-Kind = Literal["text", "label", "labels", "number", "image", "audio", "json"]
+Kind = Literal["text", "label", "labels", "number", "image", "audio", "json", "mask"]
 """What a column holds, and what the host hands to `encode`:
 
 text    str, neither null nor blank
@@ -38,6 +38,9 @@ labels  list[str], any number of class names (multi label)
 number  float, finite
 image   PIL.Image.Image in RGB, EXIF rotation applied
 audio   fasttune.media.Audio: float32 mono samples [frames] and their rate in Hz
+mask    PIL.Image.Image of the size of its row's image, whose pixels are ids, neither scaled nor converted, EXIF
+        rotation applied: L, I;16 or I, P (the indices are the ids) or RGB. `classes_of`, `count` and the meter get
+        it opened, too
 json    any JSON value, as it stands in the file; class ids that the file's own features name become those names
 """
 
@@ -190,7 +193,7 @@ class Meter(Protocol):
     """Streaming metrics: no logits are kept."""
 
     def update(self, prediction: Any, reference: Mapping[str, Any]) -> None:
-        """prediction: one item of `Task.decode`. reference: the row, by role."""
+        """prediction: one item of `Task.decode`. reference: the row, by role, of its media only masks opened."""
 
     def merge(self, other: Any) -> None:
         """Takes in what another rank has seen."""
@@ -320,8 +323,8 @@ class Task:
 
     def count(self, row: Mapping[str, Any]) -> Iterable[str]:
         """Names under which `resolve` is to find this row counted, beside the classes. row: by role, values
-        checked, audio not opened, of an image its (width, height). Raises DataError(column, why) for a row that
-        can't be used."""
+        checked, masks opened, audio not, of an image its (width, height). Raises DataError(column, why) for a row
+        that can't be used."""
         return ()
 
     def meter(self) -> Meter:

@@ -12,8 +12,9 @@ _READS_WEIGHTS = ("WavLMAttention",)
 
 
 def base_name(model: Any) -> str:
-    """The child that holds the pretrained backbone: what transformers names, else `backbone` (UperNet's head may be
-    larger), else the largest; "", the model itself, where encoder and decoder are children of their own (T5)."""
+    """The child that holds the pretrained backbone: what transformers names, else `backbone` (UperNet's head may
+    be larger), else the largest; "", the model itself, where encoder and decoder are children of their own
+    (T5)."""
     stated = getattr(model, "base_model_prefix", "")
     children = dict(model.named_children())
     for name in (stated, "backbone"):

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from operator import itemgetter
 from typing import Any
 
 from fasttune_detection.boxes import Size
+from fasttune_detection.segments import Reading
+from fasttune_detection.stated import parsed
+from fasttune_detection.truth import segments_of
 
 _STUFF = " stuff "
 
@@ -31,12 +35,20 @@ def found_in(counts: Mapping[str, int], options: Any, per_image: str) -> dict[st
     images = sizes.total()
     found: dict[str, Any] = {}
     if images and options.image_size is None:
-        found["image_size"] = tuple(_median(sizes, lambda size, i=i: size[i]) for i in (0, 1))
+        found["image_size"] = (_median(sizes, itemgetter(0)), _median(sizes, itemgetter(1)))
     if images and options.edges is None:
         found["edges"] = (_median(sizes, min), _median(sizes, max))
     if images and objects and getattr(options, per_image) is None:
         found[per_image] = objects / images
     return found
+
+
+def stuff_of(row: Mapping[str, Any], reading: Reading) -> Iterable[str]:
+    """The classes of a row that are stuff, of kind panoptic. Raises DataError for segments that are broken."""
+    objects = parsed(row.get("objects"))
+    if isinstance(objects, Mapping) and objects.get("segments") is not None:
+        return {segment.label for segment in segments_of(objects["segments"], reading.stuff) if not segment.thing}
+    return {*(reading.stuff or ()), *([reading.background] if reading.background else [])}
 
 
 def stuff_in(counts: Mapping[str, int]) -> tuple[str, ...]:

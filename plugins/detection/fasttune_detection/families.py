@@ -58,8 +58,9 @@ UNIVERSAL = {
     "eomt": "Mask2FormerImageProcessorPil",
     "eomt_dinov3": "Mask2FormerImageProcessorPil",
 }
-"""Segmenters that find segments by queries. EoMT's own processor cuts an image in windows or pads it, and each of its
-ways of reading predictions fits only one of the two; Mask2Former's reads the same outputs, and resizes to one size."""
+"""Segmenters that find segments by queries. EoMT's own processor cuts an image in windows or pads it, and each of
+its ways of reading predictions fits only one of the two; Mask2Former's reads the same outputs, and resizes to one
+size."""
 
 ONE_SIZE = frozenset({"beit", "data2vec-vision", "eomt", "eomt_dinov3"})
 """Their position embeddings are for the `image_size` of their configuration."""

@@ -99,8 +99,8 @@ class _Summed:
 
 
 def class_factor(images: int, queries: int, matched: int, eos: float, per_image: float) -> float:
-    """What makes a sum of a mean that was divided by the weights of its queries, 1 if matched and else eos, so that
-    divided by the number of objects it is that mean again where images have `per_image` objects."""
+    """What makes a sum of a mean that was divided by the weights of its queries, 1 if matched and else eos:
+    divided by the number of objects it is that mean again, where images have `per_image` objects."""
     weights = matched + eos * (images * queries - matched)
     return weights / ((1 - eos) + eos * queries / per_image)
 

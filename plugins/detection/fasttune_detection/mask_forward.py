@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from fasttune.task import Bundle, Loss
@@ -17,6 +16,7 @@ from fasttune_detection.mask_losses import pixel_loss
 from fasttune_detection.options import SegmentationOptions
 from fasttune_detection.segments import to_rle
 
+_OUTPUTS = ("logits", "class_queries_logits", "masks_queries_logits")
 _MASK_THRESHOLD = 0.5  # DETR's for panoptic segmentation, as are the next
 _OVERLAP_THRESHOLD = 0.8  # of its mask that a segment must keep where others are more likely
 
@@ -120,8 +120,8 @@ def _panoptic(
     threshold: float,
     stuff: frozenset[str],
 ) -> list[dict[str, Any]]:
-    """Things, and stuff that is one segment a class, with the score of the best. Stuff is joined here: transformers
-    5.23 gives new segments the numbers of others after it has joined two."""
+    """Things, and stuff that is one segment a class, with the score of the best. Stuff is joined here:
+    transformers 5.23 gives new segments the numbers of others after it has joined two."""
     (found,) = processor.post_process_panoptic_segmentation(
         outputs,
         threshold=threshold,

@@ -1,17 +1,17 @@
 """transformers' own losses of segmentation, as a sum and the number of what is counted.
 
-A model that gives each pixel a class is trained by cross-entropy: the sum over pixels with truth, and their number.
-An auxiliary head adds its own, with transformers' weight.
+A model that gives each pixel a class is trained by cross-entropy: the sum over pixels with truth, and their
+number. An auxiliary head adds its own, with transformers' weight.
 
 A model that finds segments by queries (MaskFormer, Mask2Former, EoMT) matches them to the true ones, and counts
-segments. transformers divides what it says of masks by their number in the batch: here it is the sum. Its class loss
-is divided by its weights, 1 for a query that is matched and `no_object_weight` for the others. A sum that is divided
-by the number of segments later can equal that for one number of segments an image only: by default, that of train
-(`losses` says more: the same holds for DETR).
+segments. transformers divides what it says of masks by their number in the batch: here it is the sum. Its class
+loss is divided by its weights, 1 for a query that is matched and `no_object_weight` for the others. A sum that is
+divided by the number of segments later can equal that for one number of segments an image only: by default, that
+of train (`losses` says more: the same holds for DETR).
 
 Mask2Former and EoMT look at masks at points that are drawn. In training torch's generator draws them, as for
-transformers' Trainer. In eval mode every image has points of its own, always the same: its loss is the same whatever
-stands beside it in the batch, and each time.
+transformers' Trainer. In eval mode every image has points of its own, always the same: its loss is the same
+whatever stands beside it in the batch, and each time.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def _summed(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def sum_losses(model: Any, segments_per_image: float | None) -> None:
-    """Makes `model(..., mask_labels=..., class_labels=...)` give its loss as a sum over segments, on this instance.
+    """Makes `model(..., mask_labels=..., class_labels=...)` give its loss as a sum over segments, on this
+    instance.
 
     segments_per_image: see above; None: the objects of COCO."""
     model.get_loss_dict = _Summed(model, segments_per_image or COCO_BOXES_PER_IMAGE)

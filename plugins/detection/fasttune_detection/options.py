@@ -53,8 +53,8 @@ class SegmentationOptions(BaseModel):
 
     kind: SegmentKind = Field(
         "semantic",
-        description="semantic: a class a pixel. instance: objects, which may overlap. panoptic: things one by one, "
-        "and stuff, each pixel in one segment at most.",
+        description="semantic: a class a pixel. instance: objects, which may overlap. panoptic: things one by "
+        "one, and stuff, each pixel in one segment at most.",
     )
     classes: dict[int, str] | None = Field(
         None, description="Names of a mask's ids; null is what the data say, else the ids themselves."
@@ -67,8 +67,8 @@ class SegmentationOptions(BaseModel):
     )
     stuff: tuple[str, ...] | None = Field(
         None,
-        description="Kind panoptic: the classes that are stuff; null is what the data say (COCO's isthing), and is "
-        "written out by the run.",
+        description="Kind panoptic: the classes that are stuff; null is what the data say (COCO's isthing), and "
+        "is written out by the run.",
     )
     size: tuple[Edge, Edge] | None = Field(
         None,

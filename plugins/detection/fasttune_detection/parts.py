@@ -129,8 +129,8 @@ def train_batch_norms(model: nn.Module) -> tuple[str, ...]:
 def check_weights(
     source: Source, loaded: Loaded, blocks: tuple[str, ...], head: tuple[str, ...], base: str | None = None
 ) -> None:
-    """Raises ModelError if more than the head is missing in the checkpoint. base: the backbone; None: the child that
-    is it; "": all of the model."""
+    """Raises ModelError if more than the head is missing in the checkpoint. base: the backbone; None: the child
+    that is it; "": all of the model."""
     lacking = {name for name in loaded.missing if name not in head and not inside(name, head)}
     if lacking:
         base = structure.base_name(loaded.model) if base is None else base

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fasttune.errors import DataError
 from fasttune.layouts import Opened, Place
 from fasttune.task import Bundle, Column, Loss, Meter, Metric, Sample, Source, Task
-from fasttune_detection.counted import found_in, size_name, stuff_in, stuff_names
+from fasttune_detection.counted import found_in, size_name, stuff_in, stuff_names, stuff_of
 from fasttune_detection.options import SegmentationOptions
 
 if TYPE_CHECKING:
@@ -76,8 +76,6 @@ class ImageSegmentation(Task):
 
     def count(self, row: Mapping[str, Any]) -> Iterable[str]:
         """The image's size, and which classes are stuff."""
-        from fasttune_detection.segments import stuff_of
-
         stuff = stuff_of(row, self.options.reading) if self.options.kind == "panoptic" else ()
         return (size_name(row["image"]), *stuff_names(stuff))
 
@@ -89,8 +87,8 @@ class ImageSegmentation(Task):
         if options.kind == "semantic" and len(classes) == 1:
             raise DataError(
                 None,
-                f"all truth of train is of one class, {classes[0]!r}: nothing tells it from other pixels. Name what "
-                "no object covers with options.background, or keep it in the masks as a class of its own "
+                f"all truth of train is of one class, {classes[0]!r}: nothing tells it from other pixels. Name "
+                "what no object covers with options.background, or keep it in the masks as a class of its own "
                 "(options.ignore drops ids)",
             )
         found = found_in(counts, options, "segments_per_image")
@@ -106,11 +104,11 @@ class ImageSegmentation(Task):
         return build(source, labels, self.options)
 
     def encode(self, row: dict[str, Any], bundle: Bundle, train: bool) -> Sample:
-        """pixel_values, float32 [3, h, w], as the model's processor makes them; size, int64 [2], (height, width) of
-        the image before. With truth, masks are resized by the nearest neighbour: of models that give each pixel a
-        class labels, int64 [h, w], IGNORED where there is no truth; of the others mask_labels, bool [n, h, w], and
-        class_labels, int64 [n], without crowds. The cost is in pixels. truncated: segments that have no pixel left
-        at that size, or are more than the model has queries.
+        """pixel_values, float32 [3, h, w], as the model's processor makes them; size, int64 [2], (height, width)
+        of the image before. With truth, masks are resized by the nearest neighbour: of models that give each pixel
+        a class labels, int64 [h, w], IGNORED where there is no truth; of the others mask_labels, bool [n, h, w],
+        and class_labels, int64 [n], without crowds. The cost is in pixels. truncated: segments that have no pixel
+        left at that size, or are more than the model has queries.
 
         Raises DataError for truth that can't be used."""
         from fasttune_detection.mask_encoding import encode
@@ -129,8 +127,8 @@ class ImageSegmentation(Task):
         return {"image": image, "objects": segments}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Loss:
-        """transformers' own loss of the model's family as a sum; the count is the number of pixels with truth, or of
-        segments. How the two are defined is said in `mask_losses`."""
+        """transformers' own loss of the model's family as a sum; the count is the number of pixels with truth, or
+        of segments. How the two are defined is said in `mask_losses`."""
         from fasttune_detection.mask_forward import forward, loss_of
 
         return loss_of(model, forward(model, batch), batch)
@@ -138,8 +136,8 @@ class ImageSegmentation(Task):
     def decode(self, model: nn.Module, batch: dict[str, Tensor], bundle: Bundle) -> list[dict[str, Any]]:
         """{"size": [width, height], "segments": [{"label", "mask", …}]} an image, masks as COCO's run lengths in
         pixels of the image as it was. semantic: one a class that is there. instance: with "score" and "box", xyxy,
-        the best first; they may overlap. A batch with truth is to be scored, and all that the model finds is given;
-        in one without, what scores above options.threshold. panoptic: with "score", disjoint, above that
+        the best first; they may overlap. A batch with truth is to be scored, and all that the model finds is
+        given; in one without, what scores above options.threshold. panoptic: with "score", disjoint, above that
         threshold, one a class of stuff."""
         from fasttune_detection.mask_forward import forward, predictions_of
 
@@ -166,7 +164,7 @@ class ImageSegmentation(Task):
         return kinds[self.options.kind](self.options.reading)
 
     def show(self, sample: Sample, bundle: Bundle) -> str:
-        """The size that the model sees, and what of each class is in it: its share of pixels, or how many segments."""
+        """The size that the model sees, and what of each class is in it: its share of pixels, or its segments."""
         names: Any = bundle.model.config.id2label  # type: ignore[union-attr]
         height, width = sample.tensors["pixel_values"].shape[1:]
         old_height, old_width = sample.tensors["size"].tolist()

@@ -57,9 +57,9 @@ def build(source: Source, labels: list[str], options: SegmentationOptions) -> Bu
     kind = processor_of(source, config, {**PER_PIXEL, **UNIVERSAL})
     if not universal and options.kind != "semantic":
         raise ConfigError(
-            f"options.kind: model {str(source)!r} ({config.model_type}) gives each pixel a class, and doesn't tell "
-            f"objects apart. For {options.kind} take a MaskFormer, Mask2Former or EoMT; else set options.kind to "
-            "semantic"
+            f"options.kind: model {str(source)!r} ({config.model_type}) gives each pixel a class, and "
+            f"doesn't tell objects apart. For {options.kind} take a MaskFormer, Mask2Former or EoMT; else set options.kind "
+            "to semantic"
         )
     fixed = _image_size(config) if config.model_type in ONE_SIZE else None
     settings = {
