@@ -45,6 +45,7 @@ __all__ = ["Full", "Head", "Lora", "TaskConformance", "collate"]
 
 _SEED = 7
 _RELATIVE = 2e-4  # of the largest value: fp32 sums over another padding are taken in another order
+_NOTHING = 1e-6  # in a gradient of the mean: that of a key's bias is 0, and in a sum over pixels the rest of rounding
 
 
 class TaskConformance:
@@ -168,7 +169,7 @@ class TaskConformance:
             parts = [part[2][name] for part in (short, long) if name in part[2]]
             largest = max(float(gradient.abs().max()), *(float(part.abs().max()) for part in parts))
             error = float((sum(parts) - gradient).abs().max())
-            assert error <= _RELATIVE * largest + 1e-6, (
+            assert error <= _RELATIVE * largest + _NOTHING * max(1.0, together[1]), (
                 f"gradients of {name} don't add up: {error:g} of {largest:g}"
             )
 
@@ -194,7 +195,8 @@ class TaskConformance:
         assert packed_total == pytest.approx(total, rel=_RELATIVE), "packing changes the loss"
         for name, gradient in plain.items():
             error = float((together[name] - gradient).abs().max())
-            assert error <= _RELATIVE * float(gradient.abs().max()) + 1e-6, f"packing changes gradients of {name}"
+            noise = _NOTHING * max(1.0, count)
+            assert error <= _RELATIVE * float(gradient.abs().max()) + noise, f"packing changes gradients of {name}"
 
     def test_predictions_do_not_depend_on_the_batch(self, subject: Task, bundle: Bundle, encoded: Encoded) -> None:
         everything = range(len(encoded))

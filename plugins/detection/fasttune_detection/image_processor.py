@@ -192,7 +192,7 @@ class Pixels:
         values = np.broadcast_to(np.arange(256, dtype=np.uint8)[None, :, None], (3, 256, 1))
         if settings["do_rescale"]:
             values = processor.rescale(values, settings["rescale_factor"])
-        if settings["do_normalize"]:
+        if settings.get("do_normalize"):  # MobileViT's has no such setting
             values = processor.normalize(values, settings["image_mean"], settings["image_std"])
         order = (2, 1, 0) if settings.get(_FLIP) else (0, 1, 2)
         return cls(dict(settings["size"]), settings["resample"], values[..., 0].astype(np.float32), order)

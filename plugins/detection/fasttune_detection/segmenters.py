@@ -58,8 +58,8 @@ def build(source: Source, labels: list[str], options: SegmentationOptions) -> Bu
     if not universal and options.kind != "semantic":
         raise ConfigError(
             f"options.kind: model {str(source)!r} ({config.model_type}) gives each pixel a class, and "
-            f"doesn't tell objects apart. For {options.kind} take a MaskFormer, Mask2Former or EoMT; else set options.kind "
-            "to semantic"
+            f"doesn't tell objects apart. For {options.kind} take a MaskFormer, Mask2Former or EoMT; else set "
+            "options.kind to semantic"
         )
     fixed = _image_size(config) if config.model_type in ONE_SIZE else None
     settings = {
@@ -128,7 +128,7 @@ def _open_universal(
     loaded = (random_model if random else pretrained)(source, config, AutoModelForUniversalSegmentation)
     model = loaded.model.eval()
     if getattr(config, "use_auxiliary_loss", False) and config.model_type == "maskformer":
-        config.output_hidden_states = (
+        model.config.output_hidden_states = (
             True  # its auxiliary loss reads them, and transformers forgets to ask for them
         )
     sum_losses(model, options.segments_per_image)
