@@ -1,8 +1,9 @@
 """A mask as data state it, polygons or run lengths, as a picture of bools; and back, as run lengths.
 
 COCO's forms (cocodataset.org/#format-data): polygons [[x1, y1, x2, y2, …], …], whose union is the mask, in pixels,
-the first one from 0 to 1; {"size": [height, width], "counts"}, lengths of runs down the columns, of zeros first, as
-a list or in COCO's compressed text. All is checked before faster-coco-eval's C++ sees it, which trusts its caller.
+the first one from 0 to 1; {"size": [height, width], "counts"}, lengths of runs down the columns, of zeros first,
+as a list or in COCO's compressed text. All is checked before faster-coco-eval's C++ sees it, which trusts its
+caller.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def open_voc(place: Place) -> Opened | None:
             )
         return None
     found = _Set(folder, annotations, place.root or folder)
-    lists = _lists(folder / _LISTS, found.root)
+    lists = lists_in(folder / _LISTS, found.root)
     if lists:
         split = place.choose(sorted(lists))
         names = lists[split]
@@ -56,7 +56,7 @@ def open_voc(place: Place) -> Opened | None:
     return Opened(rows, found.root, split, tuple(sorted(lists)), (*found.notes, *found.counted(set(names), split)))
 
 
-def _lists(folder: Path, root: Path) -> dict[str, list[str]]:
+def lists_in(folder: Path, root: Path) -> dict[str, list[str]]:
     """Image names by split. Lists of one class (aeroplane_train.txt) hold a flag beside each name: no splits."""
     found = {}
     for file in sorted(folder.glob("*.txt")):

@@ -2,7 +2,7 @@
 file of labels, a line an object, in the twin folder `labels`, or none if there is nothing in it.
 
 A line is `class cx cy w h`, centre and size as fractions of the image; rows keep them so. A line with more points
-is a polygon (segmentation, oriented boxes), of which the bounding box is taken.
+is a polygon (segmentation, oriented boxes): a mask, or where boxes are wanted, its bounding box.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from fasttune_detection.places import (
     objects_or_fault,
     read_text,
 )
+from fasttune_detection.stated import Wanted
 
 _NAMES = ("data.yaml", "data.yml", "dataset.yaml")
 _LINE = "`class cx cy w h`, or a polygon, `class x1 y1 x2 y2 x3 y3 …`"
 _BEYOND = 0.01  # of the image, which rounding may leave: as Ultralytics has it; pixels are checked with the image
 
 
-def open_yolo(place: Place) -> Opened | None:
+def open_yolo(place: Place, wanted: Wanted = "boxes") -> Opened | None:
     """The images of a split, sorted in each folder; None if the place is no YAML file and has no data.yaml.
 
     Paths in the file are relative to its `path`, and that to the folder that the file stands in. Nothing is read
@@ -57,7 +58,7 @@ def open_yolo(place: Place) -> Opened | None:
     images = list(found.images(document[split]))
     if not images:
         raise DataError(None, f"{file.name}, {split}: no image ({', '.join(sorted(IMAGE_SUFFIXES))}) is there")
-    rows, seen, notes = _rows(images, found.root, names, _keypoints(document))
+    rows, seen, notes = _rows(images, found.root, names, _keypoints(document), wanted)
     if seen is not None:
         notes += notes_on_absent(names.values(), seen, split)
     return Opened(rows, found.root, split, splits, (*found.notes, *notes_on_names(names), *notes))
@@ -187,7 +188,7 @@ class _Set:
 
 
 def _rows(
-    images: list[Path], root: Path, names: Mapping[int, str], keypoints: int
+    images: list[Path], root: Path, names: Mapping[int, str], keypoints: int, wanted: Wanted
 ) -> tuple[list[dict[str, Any]], set[str] | None, list[str]]:
     """(a row an image, the classes that are seen, notes). Without a single file of labels, rows have no objects:
     images to predict."""
@@ -199,19 +200,19 @@ def _rows(
     polygons = lines = 0
     seen: set[str] = set()
     for row, file, exists in zip(rows, files, there, strict=True):
-        labels = _Labels(below(file, root), names, keypoints)
+        labels = _Labels(below(file, root), names, keypoints, wanted)
         if exists:
             labels.read(file, root)
         row["objects"] = objects_or_fault(
-            {"boxes": labels.boxes, "labels": labels.labels, "format": "cxcywh"}, labels.faults
+            {wanted: labels.shapes, "labels": labels.labels, "format": "cxcywh"}, labels.faults
         )
         seen.update(labels.labels)
         polygons, lines = polygons + labels.polygons, lines + labels.lines
     notes = []
-    if polygons:
+    if polygons and wanted == "boxes":
         notes.append(f"{polygons:,} of {lines:,} lines are polygons; their bounding boxes are taken")
     if not all(there):
-        notes.append(f"{there.count(False):,} of {len(files):,} images have no file of labels: no boxes")
+        notes.append(f"{there.count(False):,} of {len(files):,} images have no file of labels: no {wanted}")
     return rows, seen, notes
 
 
@@ -226,11 +227,12 @@ def _labels_of(image: Path, root: Path) -> Path:
 
 
 class _Labels:
-    """One image's lines: boxes as cxcywh fractions, names, and what is wrong with them."""
+    """One image's lines: boxes as cxcywh fractions or masks as polygons [[x1, y1, …]] of fractions, names, and
+    what is wrong with them."""
 
-    def __init__(self, said: str, names: Mapping[int, str], keypoints: int):
-        self.said, self.names, self.keypoints = said, names, keypoints
-        self.boxes: list[list[float]] = []
+    def __init__(self, said: str, names: Mapping[int, str], keypoints: int, wanted: Wanted):
+        self.said, self.names, self.keypoints, self.wanted = said, names, keypoints, wanted
+        self.shapes: list[Any] = []
         self.labels: list[str] = []
         self.faults: list[str] = []
         self.polygons = self.lines = 0
@@ -252,6 +254,8 @@ class _Labels:
     def _add(self, values: list[str]) -> None:
         numbers = [_number(value) for value in values]
         if len(numbers) in (5, 5 + self.keypoints):
+            if self.wanted == "masks":
+                raise ValueError("expected a polygon, `class x1 y1 x2 y2 x3 y3 …`, found a box")
             box = numbers[1:5]
         elif len(numbers) >= 7 and len(numbers) % 2:
             self.polygons += 1
@@ -269,7 +273,7 @@ class _Labels:
             )
         if min(box) < -_BEYOND or min(box[2:]) <= 0:
             raise ValueError(f"expected a centre inside the image and a size above 0, found {box}")
-        self.boxes.append(box)
+        self.shapes.append(box if self.wanted == "boxes" else [numbers[1:]])
         self.labels.append(self.names[int(numbers[0])])
 
 
