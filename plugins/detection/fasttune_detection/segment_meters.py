@@ -22,8 +22,13 @@ _MATCH = 0.5  # IoU above which segments match; at most one pair of disjoint seg
 
 def meter_of(reading: Reading) -> SemanticMeter | InstanceMeter | PanopticMeter:
     """The meter of the kind that is read."""
-    kinds = {"semantic": SemanticMeter, "instance": InstanceMeter, "panoptic": PanopticMeter}
-    return kinds[reading.kind](reading)
+    match reading.kind:
+        case "semantic":
+            return SemanticMeter(reading)
+        case "instance":
+            return InstanceMeter(reading)
+        case "panoptic":
+            return PanopticMeter(reading)
 
 
 class SemanticMeter:
@@ -92,17 +97,16 @@ class InstanceMeter:
         Raises ValueError for predicted segments of another size, or with scores that are not finite.
         """
         truth = read_segments(reference, _size(prediction), self.reading)
-        masks = tuple(to_rle(mask) for mask in truth.masks)
-        truths = Regions(truth.labels, _around(masks), truth.areas, truth.crowd.astype(np.float64), masks)
+        stated = tuple(to_rle(mask) for mask in truth.masks)
+        truths = Regions(truth.labels, _around(stated), truth.areas, truth.crowd.astype(np.float64), stated)
         segments = prediction["segments"]
         scores = np.array([segment["score"] for segment in segments], dtype=np.float64)
         if not np.isfinite(scores).all():
             raise ValueError("a prediction has scores that are not finite")
         masks = _masks(prediction)
         labels = tuple(segment["label"] for segment in segments)
-        self.scores.add(
-            reference.get("image"), truths, Regions(labels, _around(masks), _areas(masks), scores, masks)
-        )
+        found = Regions(labels, _around(masks), _areas(masks), scores, masks)
+        self.scores.add(reference.get("image"), truths, found)
 
     def merge(self, other: InstanceMeter) -> None:
         self.scores.merge(other.scores)
@@ -131,11 +135,11 @@ class _Matches:
 
 
 class PanopticMeter:
-    """Panoptic quality (Kirillov et al. 2019, arXiv 1801.00868, section 4), void and crowds as in COCO's panopticapi.
+    """Panoptic quality (Kirillov et al. 2019, arXiv 1801.00868, section 4).
 
     Segments of one class match if their IoU, without pixels that are void in truth, is above 0.5. A predicted
     segment without a match that lies by more than half in void, or in crowds of its class, is no error; a crowd is
-    nothing to find.
+    nothing to find. (Section 4.1's rules on void and groups, as COCO's panopticapi counts them.)
     """
 
     def __init__(self, reading: Reading):
@@ -228,7 +232,7 @@ def _masks(prediction: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
 
 
 def _numbered(masks: Iterable[np.ndarray], size: tuple[int, int]) -> np.ndarray:
-    """int64 [h, w]: which of the masks, bool [h, w], a pixel is in; -1: in none. Raises ValueError if in several."""
+    """int64 [h, w]: which of the masks, bool [h, w], a pixel is in; -1: none. Raises ValueError if in several."""
     numbers = np.full(size[::-1], -1, dtype=np.int64)
     for i, mask in enumerate(masks):
         if (numbers[mask] >= 0).any():

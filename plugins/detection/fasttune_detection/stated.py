@@ -139,9 +139,8 @@ def _from_mapping(value: Mapping[str, Any], wanted: Wanted) -> Columns:
 def _size_of(held: Any) -> tuple[int, int] | None:
     """(width, height), where the row states them; None for what else a hub set may call so: a size of each box."""
     sides = list(held) if isinstance(held, (list, tuple, np.ndarray)) else []
-    if len(sides) != 2 or not all(isinstance(side, numbers.Integral) and side > 0 for side in sides):
-        return None
-    return int(sides[0]), int(sides[1])
+    whole = [int(side) for side in sides if isinstance(side, (int, np.integer))]
+    return (whole[0], whole[1]) if len(whole) == len(sides) == 2 and min(whole) > 0 else None
 
 
 def _from_list(items: Sequence[Any], wanted: Wanted) -> Columns:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fasttune_detection.draw import as_image, colour, draw, sheet
+from fasttune_detection.draw import as_image, colour, draw, draw_segments, sheet
 
 PAPER = (200, 200, 200)
 
@@ -117,9 +117,108 @@ def test_numpy_and_other_modes():
 
 def test_small_pictures_are_enlarged():
     drawn = draw(paper(50, 40), [[10, 20, 30, 38]], ["a"], None)
-    assert drawn.size == (250, 200)
+    assert drawn.size == (450, 360)
     left, _, right, bottom = where(drawn, colour(0))
-    assert (left, right, bottom) == (50, 150, 190)
+    assert (left, right, bottom) == (90, 270, 342)
+
+
+def disc(x, y, radius, size=(600, 400)):
+    """bool [h, w]"""
+    rows, columns = np.mgrid[: size[1], : size[0]]
+    return (rows - y) ** 2 + (columns - x) ** 2 <= radius**2
+
+
+def veiled(ink):
+    return np.round(0.55 * np.array(PAPER) + 0.45 * np.array(ink))
+
+
+def test_segments_are_veiled_and_outlined_in_the_colour_of_their_class():
+    image = paper(600, 400)
+    mask = disc(300, 200, 150)
+    drawn = draw_segments(image, [mask], ["dog"], None, classes=["cat", "dog"])
+    pixels = np.asarray(drawn)
+    assert drawn.size == image.size
+    assert (pixels[~mask] == PAPER).all()
+    assert np.abs(pixels[120, 300] - veiled(colour(1))).max() <= 1
+    for x, y in ((150, 200), (151, 200), (450, 200), (300, 50), (300, 350)):
+        assert tuple(pixels[y, x]) == colour(1)  # the outline, two pixels wide, sharp
+    assert np.abs(pixels[200, 152] - veiled(colour(1))).max() <= 1
+    label = (pixels == colour(1)).all(-1) & disc(300, 200, 140)
+    rows, columns = np.nonzero(label)
+    assert abs(rows.mean() - 200) < 3  # in the middle of the segment
+    assert abs(columns.mean() - 300) < 6
+    assert (np.asarray(image) == PAPER).all()
+
+
+def test_segments_of_one_class_are_told_apart_by_their_outlines():
+    left, right = np.zeros((2, 400, 600), bool)
+    left[100:300, 100:300], right[100:300, 300:500] = True, True
+    apart = np.asarray(draw_segments(paper(600, 400), [left, right], ["a", "a"], None))
+    joined = np.asarray(draw_segments(paper(600, 400), [left | right], ["a"], None))
+    assert (apart[120:130, 298:302] == colour(0)).all()
+    assert (np.abs(joined[120:130, 298:302] - veiled(colour(0))) <= 1).all()
+
+
+def test_small_segments_lie_above_large_ones_whatever_the_order():
+    masks, labels = [disc(300, 200, 40), disc(300, 200, 180)], ["a", "b"]
+    one = draw_segments(paper(600, 400), masks, labels, [0.9, 0.8])
+    other = draw_segments(paper(600, 400), masks[::-1], labels[::-1], [0.8, 0.9])
+    assert np.array_equal(np.asarray(one), np.asarray(other))
+    assert tuple(np.asarray(one)[200, 339]) == colour(0)  # its outline
+
+
+def test_a_label_stands_in_the_largest_part():
+    mask = disc(80, 80, 60) | disc(450, 250, 120)
+    drawn = np.asarray(draw_segments(paper(600, 400), [mask], ["a"], None))
+    label = (drawn == colour(0)).all(-1) & (disc(450, 250, 100) | disc(80, 80, 50))
+    assert label[200:300, 400:500].sum() == label.sum() > 50
+
+
+def test_labels_of_small_segments_stand_beside_them():
+    drawn = np.asarray(draw_segments(paper(600, 400), [disc(300, 200, 6)], ["elephant"], [0.5]))
+    assert np.abs(drawn[200, 300] - veiled(colour(0))).max() <= 1
+    changed = (drawn != PAPER).any(-1) & ~disc(300, 200, 6)
+    assert changed.sum() > 500
+    assert abs(np.nonzero(changed)[0] - 200).max() < 40
+
+
+def test_labels_of_segments_do_not_cover_each_other():
+    masks = [disc(300, 200, radius) for radius in (100, 104, 108)]
+    three = np.asarray(draw_segments(paper(600, 400), masks, ["a", "b", "c"], None, ["a", "b", "c"]))
+    inside = disc(300, 200, 95)
+    for i in range(3):  # a label of one letter has 10 x 15 pixels and more
+        assert ((three == colour(i)).all(-1) & inside).sum() > 80
+
+
+def test_segments_at_the_frame_have_no_outline_along_it():
+    mask = np.zeros((400, 600), bool)
+    mask[:, :300] = True
+    drawn = np.asarray(draw_segments(paper(600, 400), [mask], ["a"], None))
+    assert np.abs(drawn[0, 100] - veiled(colour(0))).max() <= 1
+    assert (drawn[50:350, 298:300] == colour(0)).all()
+
+
+def test_segments_without_pixels_or_names_and_of_small_pictures():
+    nothing = np.zeros((40, 60), bool)
+    assert draw_segments(paper(60, 40), [], [], None).size == (480, 320)
+    blank = np.asarray(draw_segments(paper(60, 40), [nothing], ["a"], [0.5]))
+    assert (blank == PAPER).all()
+    mask = nothing.copy()
+    mask[10:30, 20:50] = True
+    drawn = draw_segments(paper(60, 40), [mask], ["a" * 300], [None])
+    assert drawn.size == (480, 320)
+    changed = (np.asarray(drawn) != PAPER).any(-1)
+    assert changed[80:240, 160:400].all()
+    for name in ("", " ", "two\nlines", "猫"):
+        draw_segments(paper(60, 40), [mask, np.ones_like(mask)], [name, "b"], [0.5, 0.25])
+    draw_segments(paper(3, 900), [np.ones((900, 3), bool)], ["a long name"], [0.5])
+
+
+def test_a_mask_of_another_size_is_refused():
+    with pytest.raises(ValueError, match="60 x 40"):
+        draw_segments(paper(40, 60), [np.zeros((40, 60), bool)], ["a"], None)
+    with pytest.raises(ValueError, match="zip"):
+        draw_segments(paper(60, 40), [np.zeros((40, 60), bool)], ["a"], [0.1, 0.2])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""COCO's metrics against pycocotools, whatever the order and the split; the confusion against plain counting."""
+"""COCO's metrics of boxes against pycocotools, whatever the order and the split."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from fasttune.errors import DataError
-from fasttune_detection.meters import DetectionMeter, SegmentationMeter
+from fasttune_detection.meters import DetectionMeter
 
 NAMES = ("mAP", "mAP50", "mAP75", "mAP_small", "mAP_medium", "mAP_large", "mAR1", "mAR10", "mAR100")
 NAMES += ("mAR_small", "mAR_medium", "mAR_large")  # as pycocotools lists them
@@ -304,94 +304,3 @@ def test_it_needs_numpy_alone():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
-
-
-# Semantic segmentation.
-
-IGNORED = 255
-
-
-def counted_pixel_by_pixel(pairs, classes):
-    """IoU from sets of pixels, not from a confusion matrix."""
-    truth, predicted = {}, {}
-    pixel = 0
-    for predictions, truths in pairs:
-        for claimed, true in zip(predictions.ravel().tolist(), truths.ravel().tolist(), strict=True):
-            pixel += 1
-            if true != IGNORED:
-                truth.setdefault(true, set()).add(pixel)
-                predicted.setdefault(claimed, set()).add(pixel)
-    seen = {
-        name: (truth.get(i, set()), predicted.get(i, set()))
-        for i, name in enumerate(classes)
-        if i in truth or i in predicted
-    }
-    ious = {name: len(a & b) / len(a | b) for name, (a, b) in seen.items()}
-    right = sum(len(a & b) for a, b in seen.values())
-    accuracies = {name: len(a & b) / len(a) for name, (a, b) in seen.items() if a}
-    return ious, right / sum(map(len, truth.values())), accuracies
-
-
-def maps(count, classes, seed):
-    random = np.random.default_rng(seed)
-    for _ in range(count):
-        shape = random.integers(1, 23, 2)
-        truth = random.integers(0, classes - 2, shape)  # the last class nowhere, the last but one only predicted
-        predicted = np.where(random.random(shape) < 0.6, truth, random.integers(0, classes - 1, shape))
-        truth[random.random(shape) < 0.2] = IGNORED
-        yield predicted.astype(np.uint8), truth.astype(np.uint8)
-
-
-def test_segmentation_against_plain_counting():
-    classes = ["sky", "road", "tree", "car", "boat"]
-    pairs = list(maps(25, 5, 3))
-    whole, parts = SegmentationMeter(classes), [SegmentationMeter(classes) for _ in range(3)]
-    for i, (predicted, truth) in enumerate(pairs):
-        whole.update({"mask": predicted}, {"mask": truth})
-        parts[i % 3].update({"mask": predicted.tolist()}, {"mask": truth})
-    ious, accuracy, accuracies = counted_pixel_by_pixel(pairs, classes)
-    result = whole.result()
-    assert set(ious) == {"sky", "road", "tree", "car"}
-    assert set(accuracies) == {"sky", "road", "tree"}
-    for name in classes:
-        assert result["per_class"][name]["IoU"] == (pytest.approx(ious[name]) if name in ious else None)
-        wanted = pytest.approx(accuracies[name]) if name in accuracies else None
-        assert result["per_class"][name]["accuracy"] == wanted
-    assert result["mIoU"] == pytest.approx(np.mean(list(ious.values())))
-    assert result["pixel_accuracy"] == pytest.approx(accuracy)
-    assert result["mean_accuracy"] == pytest.approx(np.mean(list(accuracies.values())))
-    assert sum(held["pixels"] for held in result["per_class"].values()) == sum(
-        (t != IGNORED).sum() for _, t in pairs
-    )
-    parts[2].merge(parts[0])
-    parts[2].merge(parts[1])
-    assert parts[2].result() == result
-    json.dumps(result, allow_nan=False)
-
-
-def test_segmentation_of_nothing():
-    meter = SegmentationMeter(["a", "b"])
-    meter.update({"mask": [[0, 1]]}, {"mask": [[IGNORED, IGNORED]]})
-    result = meter.result()
-    assert (result["mIoU"], result["pixel_accuracy"]) == (None, None)
-
-
-@pytest.mark.parametrize(
-    ("predicted", "truth", "error", "said"),
-    [
-        ([[0, 1]], [[0], [1]], DataError, "1 x 2, found 2 x 1"),
-        ([[0, 1]], [[0, 2]], DataError, "class ids 0 to 1, or 255 to ignore, found 2"),
-        ([[0, 1]], [[-1, 0]], DataError, "found -1"),
-        ([[0, 2]], [[0, 1]], ValueError, "ids 0 to 2 of 2 classes"),
-    ],
-)
-def test_segmentation_faults(predicted, truth, error, said):
-    with pytest.raises(error, match=said):
-        SegmentationMeter(["a", "b"]).update({"mask": predicted}, {"mask": truth})
-
-
-def test_segmentation_meters_that_do_not_fit():
-    with pytest.raises(ValueError, match="different classes"):
-        SegmentationMeter(["a"]).merge(SegmentationMeter(["b"]))
-    with pytest.raises(ValueError, match="is the id of class 'b'"):
-        SegmentationMeter(["a", "b"], ignore_index=1)
