@@ -60,9 +60,9 @@ class ImageSegmentation(Task):
     @classmethod
     def open(cls, place: Place) -> Opened | None:
         """Folders of masks, COCO's JSON (objects or panoptic), YOLO's folders with polygons."""
-        from fasttune_detection.layouts import open_segments
+        from fasttune_detection.layouts import open_layout
 
-        return open_segments(place)
+        return open_layout(place, "masks")
 
     def check_columns(self, roles: frozenset[str]) -> None:
         if not roles & {"mask", "objects"} and "image" in roles:

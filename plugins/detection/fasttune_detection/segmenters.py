@@ -43,6 +43,7 @@ _CLIP = 0.01  # the same two; EoMT's code has it from them
 _BACKBONE = "pixel_level_module.encoder"
 _PADDING = {"labels": IGNORED, "class_labels": -1}
 _CLASSIFIERS = frozenset({"classifier"})
+_NEVER_RUN = {"dpt": "neck.fusion_stage.layers.0.residual_layer1"}  # the first stage has nothing to add to
 _DPT_CLASSIFIERS = ("head.head.4", "auxiliary_head.head.4")  # the last convolutions of two nn.Sequential
 
 
@@ -87,9 +88,11 @@ def _open_per_pixel(
     """The head is all that stands on the backbone: neck, decoder, auxiliary head."""
     opened = open_headed(source, config, AutoModelForSemanticSegmentation)
     model = opened.model
+    never = _NEVER_RUN.get(config.model_type)
+    head = tuple(name for part in opened.head for name in _without(model, part, never))
     classifiers = _DPT_CLASSIFIERS if config.model_type == "dpt" else modules_named(model, _CLASSIFIERS)
     there = dict(model.named_modules())
-    classifiers = tuple(name for name in classifiers if name in there and inside(name, opened.head))
+    classifiers = tuple(name for name in classifiers if name in there and inside(name, head))
     if not classifiers:
         raise ModelError(f"model {str(source)!r}: {type(model).__name__} has no class layers that fasttune knows")
     rates: dict[str, float] = {}
@@ -97,7 +100,7 @@ def _open_per_pixel(
         notes = (f"new head: {count_classes(names)}", *train_batch_norms(model))
     else:
         rest = {name for name in opened.missing if not inside(name, classifiers)}
-        pretrained_parts = [part for part in opened.head if not any(inside(name, [part]) for name in rest)]
+        pretrained_parts = [part for part in head if not any(inside(name, [part]) for name in rest)]
         in_classifiers = {name for name in opened.missing if inside(name, classifiers)}
         kept = keep and not in_classifiers
         rates = dict.fromkeys(pretrained_parts, _KEPT_RATE)
@@ -105,12 +108,12 @@ def _open_per_pixel(
             restart(model, [n for n, _ in model.named_parameters() if inside(n, classifiers)])
             rates |= dict.fromkeys(classifiers, 1.0)
         notes = (_said(names, was, kept, opened.mismatched & in_classifiers, not pretrained_parts),)
-        if new := sorted(set(opened.head) - set(pretrained_parts)):
+        if new := sorted(set(head) - set(pretrained_parts)):
             notes += (f"not in the checkpoint, newly initialised: {', '.join(new)}",) if pretrained_parts else ()
     return Bundle(
         model=model,
         processor=None,
-        head=opened.head,
+        head=head,
         blocks=opened.blocks,
         lora_targets=opened.lora_targets,
         padding=_PADDING,
@@ -168,6 +171,14 @@ def _open_universal(
         clip=_CLIP,
         cacheable=False,
     )
+
+
+def _without(model: nn.Module, part: str, never: str | None) -> list[str]:
+    """The part, or what lies in it beside a module that is never run, and so never has a gradient."""
+    if never is None or not inside(f"{never}.", [part]):
+        return [part]
+    children = [f"{part}.{name}" for name, _ in model.get_submodule(part).named_children()]
+    return [name for child in children if child != never for name in _without(model, child, never)]
 
 
 def _image_size(config: PreTrainedConfig) -> tuple[int, int]:

@@ -173,9 +173,8 @@ def write(folder, kind, classes=3, size=None, **settings):
     if kind.startswith("eomt"):
         hf.EomtImageProcessorPil(size=_EDGES, do_pad=True).save_pretrained(folder)
     else:
-        getattr(hf, _PROCESSORS.get(kind, "SegformerImageProcessorPil"))(size=size or _SIDES).save_pretrained(
-            folder
-        )
+        processor = getattr(hf, _PROCESSORS.get(kind, "SegformerImageProcessorPil"))
+        processor(size=size or _SIDES).save_pretrained(folder)
     return str(folder)
 
 
