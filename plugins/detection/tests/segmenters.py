@@ -180,7 +180,7 @@ def write(folder, kind, classes=3, size=None, **settings):
 
 @torch.no_grad()
 def _make_distinct(model):
-    """transformers starts many of these models so near 0 that predictions would be ties, which rounding decides."""
+    """transformers starts many of these so near 0 that predictions would be ties, which rounding decides."""
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
