@@ -1,4 +1,5 @@
-"""Augmentation of an image with its objects: scale jitter, crop, flip, colours; all drawn from one generator.
+"""Augmentation of an image with its objects or segments: scale jitter, crop, flip, colours; all drawn from one
+generator.
 
 Every one of them leaves the image's size as it is, so that batches that were planned by size keep their padding
 and their cost. The geometric ones are drawn as a `Move`, which carries image, objects and masks along alike.
@@ -8,15 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageEnhance
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fasttune_detection.boxes import Objects, Size
+from fasttune_detection.segments import Segments
 
+Truth = Objects | Segments
+_Truth = TypeVar("_Truth", Objects, Segments)
 Probability = Annotated[float, Field(ge=0, le=1)]
 Factor = Annotated[float, Field(ge=0.1, le=10)]
 
@@ -99,19 +103,40 @@ class Move:
         keep = ((centres > 0) & (centres < sides)).all(1) & large_enough
         return Objects(cut.astype(np.float32), objects.labels, objects.crowd).take(keep)
 
+    def segments(self, segments: Segments) -> Segments:
+        """Those of which a pixel is left, each pixel that of the image whose middle is nearest; what lies around a
+        smaller image is void."""
+        masks, void = self._pixels(segments.masks, False), self._pixels(segments.void, True)
+        return replace(segments, masks=masks, void=void, stated=None).take(np.asarray(masks.any((1, 2))))
+
+    def _pixels(self, pixels: np.ndarray, fill: bool) -> np.ndarray:
+        """bool [..., h, w], moved as Pillow's Resampling.NEAREST does."""
+        left, top, right, bottom = self.target
+        if self.window != self.target:
+            rows = _nearest(self.window[1], self.window[3], bottom - top)
+            columns = _nearest(self.window[0], self.window[2], right - left)
+            pixels = pixels.take(rows, axis=-2).take(columns, axis=-1)
+        if self.target != (0, 0, *self.size):
+            frame = np.full((*pixels.shape[:-2], *self.size[::-1]), fill)
+            frame[..., top:bottom, left:right] = pixels
+            pixels = frame
+        return np.ascontiguousarray(pixels[..., ::-1]) if self.mirrored else pixels
+
 
 def augment(
-    image: Image.Image, objects: Objects, rng: np.random.Generator, options: AugmentOptions
-) -> tuple[Image.Image, Objects]:
-    """The image (RGB) and its objects, augmented as the options say; equal generators give equal results."""
+    image: Image.Image, truth: _Truth, rng: np.random.Generator, options: AugmentOptions
+) -> tuple[Image.Image, _Truth]:
+    """The image (RGB) and its objects or segments, augmented as the options say; equal generators give equal
+    results."""
     for draw in MOVES:
-        move = draw(image.size, objects, rng, options)
+        move = draw(image.size, truth, rng, options)
         if move is not None:
-            image, objects = move.image(image), move.objects(objects)
-    return recoloured(image, rng, options), objects
+            image = move.image(image)
+            truth = move.segments(truth) if isinstance(truth, Segments) else move.objects(truth)
+    return recoloured(image, rng, options), truth
 
 
-def draw_scale(size: Size, objects: Objects, rng: np.random.Generator, options: AugmentOptions) -> Move | None:
+def draw_scale(size: Size, truth: Truth, rng: np.random.Generator, options: AugmentOptions) -> Move | None:
     """Scale jitter (Ghiasi et al. 2021): the image becomes smaller, anywhere in its frame, or larger, and is cut
     at it. Logarithms of factors are uniform, so that half of 0.8 to 1.25 enlarge."""
     if options.scale is None:
@@ -119,14 +144,14 @@ def draw_scale(size: Size, objects: Objects, rng: np.random.Generator, options: 
     low, high = options.scale
     factor = math.exp(rng.uniform(math.log(low), math.log(high)))
     if factor >= 1:
-        window = _window(size, objects, rng, lambda: (1 / factor, 1 / factor))
+        window = _window(size, truth, rng, lambda: (1 / factor, 1 / factor))
         return Move(size, window, (0, 0, *size)) if window else None
     width, height = (max(1, round(side * factor)) for side in size)
     left, top = int(rng.integers(size[0] - width + 1)), int(rng.integers(size[1] - height + 1))
     return Move(size, (0, 0, *size), (left, top, left + width, top + height))
 
 
-def draw_crop(size: Size, objects: Objects, rng: np.random.Generator, options: AugmentOptions) -> Move | None:
+def draw_crop(size: Size, truth: Truth, rng: np.random.Generator, options: AugmentOptions) -> Move | None:
     """A window of another aspect ratio, enlarged to the whole frame."""
     if rng.random() >= options.crop:
         return None
@@ -136,17 +161,17 @@ def draw_crop(size: Size, objects: Objects, rng: np.random.Generator, options: A
         high = rng.uniform(max(options.crop_side, wide / _ASPECT), min(1.0, wide * _ASPECT))
         return wide, high
 
-    window = _window(size, objects, rng, shares)
+    window = _window(size, truth, rng, shares)
     return Move(size, window, (0, 0, *size)) if window else None
 
 
-def draw_flip(size: Size, objects: Objects, rng: np.random.Generator, options: AugmentOptions) -> Move | None:
+def draw_flip(size: Size, truth: Truth, rng: np.random.Generator, options: AugmentOptions) -> Move | None:
     if rng.random() >= options.flip:
         return None
     return Move(size, (0, 0, *size), (0, 0, *size), mirrored=True)
 
 
-Draw = Callable[[Size, Objects, np.random.Generator, AugmentOptions], Move | None]
+Draw = Callable[[Size, Truth, np.random.Generator, AugmentOptions], Move | None]
 
 MOVES: tuple[Draw, ...] = (draw_crop, draw_scale, draw_flip)
 """A crop enlarges: after a scale that shrinks, it would enlarge what has lost its detail."""
@@ -170,17 +195,37 @@ def recoloured(image: Image.Image, rng: np.random.Generator, options: AugmentOpt
 
 
 def _window(
-    size: Size, objects: Objects, rng: np.random.Generator, shares: Callable[[], tuple[float, float]]
+    size: Size, truth: Truth, rng: np.random.Generator, shares: Callable[[], tuple[float, float]]
 ) -> tuple[float, float, float, float] | None:
-    """A window anywhere in the image that keeps objects; None if none is found. shares: draws its width and
+    """A window anywhere in the image that keeps truth; None if none is found. shares: draws its width and
     height, as shares of the image's."""
     for _ in range(_TRIES):
         wide, high = (side * share for side, share in zip(size, shares(), strict=True))
         left, top = rng.uniform(0, size[0] - wide), rng.uniform(0, size[1] - high)
         window = (left, top, min(left + wide, size[0]), min(top + high, size[1]))
-        if _keeps(objects, window):
+        if _shows(truth, window) if isinstance(truth, Segments) else _keeps(truth, window):
             return window
     return None
+
+
+def _nearest(low: float, high: float, count: int) -> np.ndarray:
+    """int64 [count]: the pixels whose middles are nearest, where `count` of them span low to high."""
+    return np.floor(low + (np.arange(count) + 0.5) * ((high - low) / count)).astype(np.int64)
+
+
+def _shows(segments: Segments, window: tuple[float, float, float, float]) -> bool:
+    """Whether enough of a thing is seen, of any but a crowd if there are others; where there are no things, any
+    truth at all. An image without segments may be cut anywhere."""
+    if not len(segments):
+        return True
+    left, top, right, bottom = (math.ceil(edge - 0.5) for edge in window)  # pixels whose middles are inside
+    inside = segments.masks[:, top:bottom, left:right]
+    wanted = segments.thing & ~segments.crowd
+    if not segments.thing.any():
+        return bool(inside.any())
+    wanted = wanted if wanted.any() else segments.thing
+    seen, whole = (np.count_nonzero(masks[wanted], axis=(1, 2)) for masks in (inside, segments.masks))
+    return bool((seen >= _VISIBLE * whole).any())
 
 
 def _keeps(objects: Objects, window: tuple[float, float, float, float]) -> bool:

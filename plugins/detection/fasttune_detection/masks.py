@@ -15,7 +15,7 @@ import numpy as np
 
 Size = tuple[int, int]  # width, height
 
-_OUTSIDE = 1.0  # pixel that a polygon may lie outside the frame, as rounding leaves it
+_OUTSIDE = 1 + 1e-6  # pixel that a polygon may lie outside the frame, as rounding leaves it
 _FLAT = 1e-6  # pixel; points that are this near to one line enclose nothing
 _LONGEST = 8  # characters of a run's length: 5 bits each, so 2**40 pixels
 _FORMS = 'polygons [[x1, y1, x2, y2, x3, y3, …], …] or run lengths {"size": [height, width], "counts"}'
@@ -69,7 +69,7 @@ def mask_of(stated: Any, size: Size, fractions: bool = False) -> np.ndarray:
         if (width, height) != size:
             raise ValueError(f"run lengths of {width} x {height} pixels; the image has {size[0]} x {size[1]}")
         mask = from_rle(stated)
-    elif isinstance(stated, (list, tuple, np.ndarray)) and len(stated):
+    elif _is_list(stated) and len(stated):
         mask = _painted(
             [_checked(polygon, i, size, fractions) for i, polygon in enumerate(_polygons(stated))], size
         )
@@ -83,12 +83,15 @@ def mask_of(stated: Any, size: Size, fractions: bool = False) -> np.ndarray:
 
 def _polygons(stated: Any) -> list[Any]:
     """A list of polygons; a single one may stand there by itself."""
-    nested = [isinstance(item, (list, tuple, np.ndarray)) for item in stated]
-    if not any(nested):
+    if not any(_is_list(item) for item in stated):
         return [stated]
-    if all(nested) and all(len(item) == 2 for item in stated):
+    if all(_is_list(item) and len(item) == 2 and not any(map(_is_list, item)) for item in stated):
         raise ValueError(f"expected {_FORMS}, found pairs [[x, y], …]; put all numbers of a polygon into one list")
     return list(stated)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple, np.ndarray))
 
 
 def _checked(polygon: Any, index: int, size: Size, fractions: bool) -> np.ndarray:

@@ -1,5 +1,6 @@
 """What is drawn into a picture is where its box says, whatever was done to both."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from fasttune_detection.augment import (
     recoloured,
 )
 from fasttune_detection.boxes import Objects
+from fasttune_detection.segments import Segments
 
 OFF = {"flip": 0, "scale": None, "crop": 0, "colour": 0}
 ONLY = {
@@ -274,6 +276,86 @@ def test_a_mask_moves_along():
             rows, columns = np.nonzero(values == 7)
             found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
             np.testing.assert_allclose(found, objects.boxes[0], atol=2.01)  # nearest twice: up to a pixel each
+
+
+def segments_of(masks, labels=None, *, things=True, crowd=None):
+    masks = np.asarray(masks)
+    count = len(masks)
+    flags = np.asarray(crowd if crowd is not None else [False] * count, dtype=bool)
+    labels = tuple(labels or (f"segment {i}" for i in range(count)))
+    return Segments(masks, labels, flags, np.full(count, things), ~masks.any(0))
+
+
+@pytest.mark.parametrize("kind", ONLY)
+def test_segments_move_as_pillows_nearest_neighbour_does(kind):
+    """Segments are the ids of a picture, which is moved by Pillow."""
+    for seed in range(25):
+        rng = np.random.default_rng(seed)
+        size = tuple(int(side) for side in rng.integers(20, 150, 2))
+        ids = np.kron(rng.integers(0, 6, (4, 5)), np.ones((40, 40)))[: size[1], : size[0]].astype(np.uint8)
+        segments = segments_of([ids == i for i in range(1, 6)], "abcde", things=seed % 2 == 0)
+        segments = segments.take(segments.masks.any((1, 2)))
+        moved, after = Image.fromarray(ids), segments
+        for draw in MOVES:
+            move = draw(size, after, rng, only(kind))
+            if move is not None:
+                moved, after = move.image(moved, 0, Image.Resampling.NEAREST), move.segments(after)
+        values = np.asarray(moved)
+        assert after.masks.dtype == after.void.dtype == bool
+        assert after.masks.flags.c_contiguous
+        assert after.labels == tuple(label for i, label in enumerate("abcde", start=1) if (values == i).any())
+        for label, mask in zip(after.labels, after.masks, strict=True):
+            # Pillow adds its steps up: where a middle lies between two pixels, it may round the other way
+            assert (mask != (values == "abcde".index(label) + 1)).mean() < 0.02, f"{kind}, {seed}"
+        assert (after.void != (values == 0)).mean() < 0.02
+
+
+def test_segments_move_with_the_image():
+    for seed in range(40):
+        x1, y1, x2, y2 = box = (30, 20, 110, 90)
+        mask = np.zeros((120, 160), dtype=bool)
+        mask[y1:y2, x1:x2] = True
+        segments = segments_of([mask])
+        image, after = augment(
+            painted((160, 120), [box]), segments, np.random.default_rng(seed), only("everything")
+        )
+        assert after.masks.shape == (len(after), 120, 160)
+        if len(after):  # the edge of the ink is blurred, by a pixel a step
+            assert ((ink(image) & ~after.void) != after.masks[0]).mean() < 0.03, seed
+        assert (mask == segments.masks[0]).all()
+
+
+def test_a_segment_goes_with_its_last_pixel_and_its_area_is_counted_anew():
+    masks = np.zeros((2, 10, 10), dtype=bool)
+    masks[0, :, :3], masks[1, :, 8:] = True, True
+    segments = replace(segments_of(masks, ["a", "b"], crowd=[True, False]), stated=np.array([7.0, 8.0]))
+    after = Move((10, 10), (2.0, 0.0, 7.0, 10.0), (0, 0, 10, 10)).segments(segments)
+    assert (after.labels, after.crowd.tolist(), after.areas.tolist()) == (("a",), [True], [20])
+    smaller = Move((10, 10), (0, 0, 10, 10), (5, 0, 10, 5), mirrored=True).segments(segments)
+    assert smaller.labels == ("a", "b")
+    assert smaller.void[:5, 5:].all()
+    assert smaller.void[5:].all()
+
+
+def test_a_window_shows_truth():
+    """Enough of a thing, of any but a crowd; where there are no things, any pixel will do."""
+    options = AugmentOptions(**{**OFF, "crop": 1.0, "crop_side": 0.3})
+    masks = np.zeros((2, 100, 100), dtype=bool)
+    masks[0, 88:98, 88:98], masks[1, :40, :40] = True, True
+    drawn = 0
+    for seed in range(60):
+        move = draw_crop((100, 100), segments_of(masks, crowd=[False, True]), np.random.default_rng(seed), options)
+        if move is not None:
+            x1, y1, x2, y2 = move.window
+            share = max(0, min(98, x2) - max(88, x1)) * max(0, min(98, y2) - max(88, y1)) / 100
+            assert share > 0.1  # 0.3 in whole pixels, of ten
+            drawn += 1
+        semantic = segments_of(masks[:1], things=False)
+        move = draw_crop((100, 100), semantic, np.random.default_rng(seed), options)
+        assert move is None or len(move.segments(semantic))
+    assert drawn > 25
+    nothing = segments_of(np.zeros((0, 100, 100), dtype=bool))
+    assert draw_crop((100, 100), nothing, np.random.default_rng(0), options) is not None
 
 
 def test_colours_change_and_nothing_else():
