@@ -60,9 +60,9 @@ class ImageSegmentation(Task):
     @classmethod
     def open(cls, place: Place) -> Opened | None:
         """Folders of masks, COCO's JSON (objects or panoptic), YOLO's folders with polygons."""
-        from fasttune_detection.layouts import open_layout
+        from fasttune_detection.layouts import open_segments
 
-        return open_layout(place, "masks")
+        return open_segments(place)
 
     def check_columns(self, roles: frozenset[str]) -> None:
         if not roles & {"mask", "objects"} and "image" in roles:

@@ -89,7 +89,9 @@ def _open_per_pixel(
     opened = open_headed(source, config, AutoModelForSemanticSegmentation)
     model = opened.model
     never = _NEVER_RUN.get(config.model_type)
-    head = tuple(name for part in opened.head for name in _without(model, part, never))
+    head = opened.head
+    if never:
+        head = tuple(name for part in head for name in _without(model, part, never))
     classifiers = _DPT_CLASSIFIERS if config.model_type == "dpt" else modules_named(model, _CLASSIFIERS)
     there = dict(model.named_modules())
     classifiers = tuple(name for name in classifiers if name in there and inside(name, head))
@@ -173,11 +175,13 @@ def _open_universal(
     )
 
 
-def _without(model: nn.Module, part: str, never: str | None) -> list[str]:
-    """The part, or what lies in it beside a module that is never run, and so never has a gradient."""
-    if never is None or not inside(f"{never}.", [part]):
+def _without(model: nn.Module, part: str, never: str) -> list[str]:
+    """The part, or what lies in it beside a module that is never run, and so never has a gradient. PEFT takes no
+    list for a module to save, and goes by the ends of names: of a list its members, of `head` its `head.head`."""
+    module = model.get_submodule(part)
+    children = [f"{part}.{name}" for name, _ in module.named_children()]
+    if not (isinstance(module, nn.ModuleList) or inside(f"{never}.", [part]) or len(children) == 1):
         return [part]
-    children = [f"{part}.{name}" for name, _ in model.get_submodule(part).named_children()]
     return [name for child in children if child != never for name in _without(model, child, never)]
 
 
