@@ -45,10 +45,12 @@ def check(
     progress: Progress | None = None,
     count: Count | None = None,
     classes_of: ClassesOf | None = None,
+    in_part: bool = False,
 ) -> Checked:
     """Reads every row but its media. known: the classes that labels must be among (those of train). count: what
     else to count a row by, `Task.count`. classes_of: what names a row's classes if no label column does,
-    `Task.classes_of`. Without the two, None, no image's size is looked at."""
+    `Task.classes_of`. Without the two, None, no image's size is looked at. in_part: train has bad rows, and may
+    have classes that are not known."""
     good: list[int] = []
     bad: list[BadRow] = []
     keys: list[bytes] = []
@@ -72,9 +74,10 @@ def check(
             found = _classes_of(label)
             unknown = [name for name in found if known is not None and name not in known]
             if unknown:
+                hedge = ", some of whose rows are bad" if in_part else ""
                 raise DataError(
                     at_fault,
-                    f"label {unknown[0]!r} is not among the {len(known or ())} of train."
+                    f"label {unknown[0]!r} is not among the {len(known or ())} of train{hedge}."
                     f"{nearest(unknown[0], known or ())}",
                 )
             names = list(count(measured)) if count else []

@@ -70,16 +70,19 @@ class DataError(FasttuneError):
 
 @dataclass(frozen=True)
 class BadRow:
-    """One row that can't be used. `row` counts from 1, without the header."""
+    """One row that can't be used. `row` counts from 1, without the header. media: the path of its image or audio,
+    which tells more than a number where rows are files of a folder, or images of a JSON."""
 
     file: str
     row: int
     column: str | None
     why: str
+    media: str | None = None
 
     def __str__(self) -> str:
+        media = f" ({self.media})" if self.media and self.media not in self.why else ""
         column = f", column {self.column!r}" if self.column else ""
-        return f"{self.file}, row {self.row}{column}: {self.why}"
+        return f"{self.file}, row {self.row}{media}{column}: {self.why}"
 
 
 class BadRows(DataError):

@@ -112,12 +112,12 @@ class Tables:
 def open_tables(config: RunConfig, task: Task, progress: Progress, signals: Signals) -> Tables:
     """Reads and checks train and valid, and holds valid out of train if it is a share."""
 
-    def look(rows: Rows, known: set[str] | None = None) -> Checked:
+    def look(rows: Rows, known: set[str] | None = None, in_part: bool = False) -> Checked:
         def report(done: int, total: int) -> None:
             signals.poll("reading data")
             progress.preparing(f"reading {rows.table.name}", done, total)
 
-        return check(rows, known, report, *looks(task))
+        return check(rows, known, report, *looks(task), in_part)
 
     limits = Limits(config.data.max_pixels, config.data.max_audio_seconds)
     media = media_kind(task.columns)
@@ -156,7 +156,7 @@ def open_tables(config: RunConfig, task: Task, progress: Progress, signals: Sign
             valid,
             notes,
         )
-    second = look(other, set(first.classes))
+    second = look(other, set(first.classes), bool(first.bad))
     known = set(first.keys)
     shared = sum(key in known for key in second.keys)
     if shared:
@@ -276,5 +276,4 @@ def prepare_rows(
 
 def data_report(skipped: list[BadRow]) -> str:
     """data_report.jsonl: a line a row that was left out."""
-    records = ({"file": bad.file, "row": bad.row, "column": bad.column, "why": bad.why} for bad in skipped)
-    return "".join(json.dumps(record) + "\n" for record in records)
+    return "".join(json.dumps(vars(bad)) + "\n" for bad in skipped)

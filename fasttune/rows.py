@@ -179,7 +179,17 @@ class Rows:
 
     def bad(self, position: int, error: DataError) -> BadRow:
         column = self.mapping.get(error.column, error.column) if error.column else None
-        return BadRow(self.table.name, self.number(position), column, error.why)
+        return BadRow(self.table.name, self.number(position), column, error.why, self._media_path(position))
+
+    def _media_path(self, position: int) -> str | None:
+        """Of the first column of images or audio that names a file."""
+        for column in self.columns:
+            if column.kind in ("image", "audio") and column.role in self.mapping:
+                value = value_of(self.raw(position), self.mapping[column.role])
+                path = value.get("path") if isinstance(value, Mapping) else value
+                if isinstance(path, str) and 0 < len(path) < 256:  # not a picture as text
+                    return path
+        return None
 
     def raw(self, position: int) -> dict[str, Any]:
         """The row as it stands in the table."""

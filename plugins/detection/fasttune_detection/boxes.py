@@ -227,7 +227,7 @@ def _hint(stated: np.ndarray, form: Format, size: Size | None) -> str:
             return f". All boxes of this image are good as {other}: {meant}"
     if size is not None and form != "cxcywh" and _all_fit(stated, form, (size[1], size[0])):
         return f". All boxes fit an image of {size[1]} x {size[0]}: were they drawn before its EXIF rotation?"
-    return ". Mend the box, or leave the row out with data.on_error=skip"
+    return ""
 
 
 def _all_fit(stated: np.ndarray, form: Format, size: Size | None) -> bool:

@@ -117,9 +117,9 @@ class _Image:
             for name, values in self.more.items()
             if any(value is not None and value is not False for value in values)
         }
-        if self.wanted == "masks":
-            return objects_or_fault({"masks": [], "labels": self.labels, **stated}, self.faults)
         size = {"size": self.size} if self.size else {}
+        if self.wanted == "masks":
+            return objects_or_fault({"masks": [], "labels": self.labels, **stated, **size}, self.faults)
         whole = {"boxes": self.boxes, "labels": self.labels, "format": "xywh", **stated, **size}
         return objects_or_fault(whole, self.faults)
 

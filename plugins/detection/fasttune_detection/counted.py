@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from operator import itemgetter
 from typing import Any
 
+from fasttune.errors import DataError
 from fasttune_detection.boxes import Size
 from fasttune_detection.segments import Reading
 from fasttune_detection.stated import parsed
@@ -27,18 +28,22 @@ def stuff_names(classes: Iterable[str]) -> Iterable[str]:
     return (_STUFF + name for name in classes)
 
 
-def found_in(counts: Mapping[str, int], options: Any, per_image: str) -> dict[str, Any]:
+def found_in(counts: Mapping[str, int], options: Any, kind: str, per_image: str) -> dict[str, Any]:
     """Values of those options that nobody has set, and that follow from the images of train: the medians
-    `image_size` and `edges`, and `per_image`, the mean number of objects."""
+    `image_size` and `edges`, and `per_image`, the mean number of objects. Raises DataError if there is no object.
+
+    kind: what an object is called."""
     sizes = Counter({_size_of(name): count for name, count in counts.items() if _is_size(name)})
     objects = sum(count for name, count in counts.items() if not name.startswith(" "))
     images = sizes.total()
+    if images and not objects:
+        raise DataError(None, f"none of the {images:,} images to train on has a {kind}: nothing is to be learned")
     found: dict[str, Any] = {}
     if images and options.image_size is None:
         found["image_size"] = (_median(sizes, itemgetter(0)), _median(sizes, itemgetter(1)))
     if images and options.edges is None:
         found["edges"] = (_median(sizes, min), _median(sizes, max))
-    if images and objects and getattr(options, per_image) is None:
+    if images and getattr(options, per_image) is None:
         found[per_image] = objects / images
     return found
 

@@ -106,7 +106,7 @@ def _grown(mask: np.ndarray, factor: int) -> np.ndarray:
 
 def _pen(picture: Image.Image) -> ImageDraw.ImageDraw:
     pen = ImageDraw.Draw(picture)
-    pen.font = ImageFont.load_default(max(12, round(max(picture.size) / 45)))
+    pen.font = ImageFont.load_default(max(12, round(min(max(picture.size) / 45, min(picture.size) / 8))))
     return pen
 
 
@@ -233,7 +233,9 @@ def _place(box: Area, label: tuple[int, int], size: tuple[int, int], taken: Sequ
         x = max(0.0, min(x, size[0] - 1 - width))
         if y >= 0 and y + height < size[1]:
             found.append((x, y, x + width, y + height))
-    found = found or [(max(0.0, min(left, size[0] - 1 - width)), 0.0, width, float(height))]
+    if not found:  # the picture is as flat as that
+        x = max(0.0, min(left, size[0] - 1 - width))
+        found = [(x, 0.0, x + width, float(height))]
     free = (area for area in found if not any(_overlap(area, other) for other in taken))
     return next(free, found[0])
 

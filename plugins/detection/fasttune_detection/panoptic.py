@@ -24,7 +24,7 @@ from fasttune_detection.coco import (
     root_of_images,
     spots_in,
 )
-from fasttune_detection.places import is_inside, listed, notes_on_names, objects_or_fault
+from fasttune_detection.places import is_inside, listed, notes_on_absent, notes_on_names, objects_or_fault
 
 
 def is_panoptic(document: Mapping[str, Any]) -> bool:
@@ -70,7 +70,10 @@ def open_panoptic(place: Place) -> Opened:
     for row in rows:
         if "mask" not in row:
             row["mask"] = row["objects"] = DataError("mask", "no annotation is of this image")
+    stated = [row["objects"] for row in rows if isinstance(row["objects"], Mapping)]
+    seen = {segment["label"] for objects in stated for segment in objects["segments"]}
     notes = (f"images: {of_images}", f"masks: {of_masks}", *notes_on_names(names))
+    notes += notes_on_absent(names.values(), seen, place.split)
     return Opened([*rows, *strays], root, notes=notes)
 
 

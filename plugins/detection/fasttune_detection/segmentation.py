@@ -81,7 +81,8 @@ class ImageSegmentation(Task):
 
     def resolve(self, counts: Mapping[str, int]) -> SegmentationOptions:
         """The options with the median size of train's images, how many segments they have on average, and the
-        classes that are stuff. Raises DataError if there are not two classes to tell apart."""
+        classes that are stuff. Raises DataError if there is nothing to learn: no segment, or one class alone
+        that all pixels have."""
         options: SegmentationOptions = self.options
         classes = [name for name in counts if not name.startswith(" ")]
         if options.kind == "semantic" and len(classes) == 1:
@@ -91,7 +92,7 @@ class ImageSegmentation(Task):
                 "what no object covers with options.background, or keep it in the masks as a class of its own "
                 "(options.ignore drops ids)",
             )
-        found = found_in(counts, options, "segments_per_image")
+        found = found_in(counts, options, "segment", "segments_per_image")
         if options.kind == "panoptic" and options.stuff is None:
             found["stuff"] = stuff_in(counts)
         return options.model_copy(update=found)

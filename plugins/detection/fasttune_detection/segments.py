@@ -5,7 +5,7 @@ A row states its truth in one of three forms:
 a mask of classes   `mask`, a picture whose pixels are ids; `objects` may name them: {"classes": {id: name}}
 instances           `objects` as in object detection, with "masks" in the place of boxes, or beside them
 panoptic            `mask`, a picture whose pixels are ids of segments (COCO: R + 256 G + 256² B), and `objects`,
-                    {"segments": [{"id", "label", "thing", "crowd"}, …]}
+                    {"segments": [{"id", "label", "thing", "crowd"}, …]}, or COCO's segments_info by itself
 """
 
 from __future__ import annotations
@@ -112,8 +112,9 @@ def read_segments(row: Mapping[str, Any], size: Size, reading: Reading) -> Segme
     if mask is not None and mask.size != size:
         found = f"{mask.size[0]} x {mask.size[1]} pixels; its image has {size[0]} x {size[1]}"
         raise DataError("mask", f"the mask has {found}")
-    if isinstance(objects, Mapping) and objects.get("segments") is not None:
-        return _panoptic(mask, objects["segments"], size, reading)
+    segments = _segments_in(objects, mask is not None)
+    if segments is not None:
+        return _panoptic(mask, segments, reading)
     only_names = objects is None or (isinstance(objects, Mapping) and objects.keys() <= {"classes"})
     if mask is not None and (only_names or reading.kind == "semantic"):
         return _semantic(mask, objects, reading)
@@ -147,7 +148,20 @@ def _of(masks: np.ndarray, labels: tuple[str, ...], void: np.ndarray) -> Segment
     return Segments(masks, labels, none, none.copy(), void)
 
 
-def _panoptic(mask: Image.Image | None, stated: Any, size: Size, reading: Reading) -> Segments:
+def _segments_in(objects: Any, beside_mask: bool) -> Any:
+    """The segments of a panoptic mask; None if it is something else that the row states. Beside a mask a list may
+    stand by itself: hub sets' `segments_info`."""
+    if isinstance(objects, Mapping):
+        listed = isinstance(objects.get("id"), (list, tuple)) and beside_mask
+        named = next((objects[key] for key in ("segments", "segments_info") if objects.get(key) is not None), None)
+        return objects if listed and named is None else named
+    of_ids = isinstance(objects, (list, tuple)) and all(
+        isinstance(item, Mapping) and "id" in item for item in objects
+    )
+    return objects if of_ids and beside_mask and objects else None
+
+
+def _panoptic(mask: Image.Image | None, stated: Any, reading: Reading) -> Segments:
     if mask is None:
         raise DataError("mask", "expected a panoptic mask beside the segments, found none")
     ids = pixels_of(mask)

@@ -31,7 +31,7 @@ _BOXES: dict[str, Format] = {
     "bboxes": "xywh",
 }
 _MASKS = ("masks", "mask", "segmentation", "segmentations")
-_LABELS = (
+LABELS = (
     "labels",
     "label",
     "categories",
@@ -44,7 +44,7 @@ _LABELS = (
     "names",
     "name",
 )
-_CROWD = ("crowd", "iscrowd", "is_crowd")
+CROWD = ("crowd", "iscrowd", "is_crowd")
 _AREA = ("area", "areas")
 _FARTHEST = 2.0**24  # pixels; beyond it float32 loses whole ones
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -112,9 +112,9 @@ def _none(wanted: Wanted) -> str:
 
 
 def _from_mapping(value: Mapping[str, Any], wanted: Wanted) -> Columns:
-    key, boxes = _first(value, tuple(_BOXES))
-    masks_key, masks = _first(value, _MASKS)
-    label_key, labels = _first(value, _LABELS)
+    key, boxes = first_of(value, tuple(_BOXES))
+    masks_key, masks = first_of(value, _MASKS)
+    label_key, labels = first_of(value, LABELS)
     listed = {"boxes": _listed(boxes, key), "masks": _listed(masks, masks_key)}
     names, needed = _listed(labels, label_key), listed[wanted]
     nothing = needed is None and names is None and all(held is None for held in value.values())  # a table's {}
@@ -122,8 +122,8 @@ def _from_mapping(value: Mapping[str, Any], wanted: Wanted) -> Columns:
     if missing:
         keys = ", ".join(map(str, value))
         raise DataError(ROLE, f"expected the key {missing!r}, found none; {_none(wanted)}. Keys: {keys}.")
-    crowd_key, crowd = _first(value, _CROWD)
-    area_key, area = _first(value, _AREA)
+    crowd_key, crowd = first_of(value, CROWD)
+    area_key, area = first_of(value, _AREA)
     return Columns(
         key,
         listed["boxes"] or [],
@@ -167,14 +167,14 @@ def _from_list(items: Sequence[Any], wanted: Wanted) -> Columns:
         key,
         boxes or [],
         column(_MASKS, "segmentation" if wanted == "masks" else None)[1] or [],
-        column(_LABELS, "label")[1] or [],
-        column(_CROWD)[1],
+        column(LABELS, "label")[1] or [],
+        column(CROWD)[1],
         column(_AREA)[1],
         items[0].get("format") if items else None,
     )
 
 
-def _first(value: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any]:
+def first_of(value: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any]:
     """The first of these names that the mapping holds something under; "" and None if there is none."""
     return next(((name, value[name]) for name in names if value.get(name) is not None), ("", None))
 

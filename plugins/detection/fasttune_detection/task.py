@@ -47,8 +47,9 @@ class ObjectDetection(Task):
         return (size_name(row["image"]),)
 
     def resolve(self, counts: Mapping[str, int]) -> DetectionOptions:
-        """The options with the median size of train's images, and how many boxes they have on average."""
-        return self.options.model_copy(update=found_in(counts, self.options, "boxes_per_image"))
+        """The options with the median size of train's images, and how many boxes they have on average. Raises
+        DataError if they have none."""
+        return self.options.model_copy(update=found_in(counts, self.options, "box", "boxes_per_image"))
 
     def build(self, source: Source, labels: list[str]) -> Bundle:
         """Raises ModelError if the folder holds no detector that can be trained here, or one that needs a package

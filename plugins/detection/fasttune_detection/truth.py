@@ -11,12 +11,12 @@ import numpy as np
 
 from fasttune.errors import DataError
 from fasttune_detection.places import listed
-from fasttune_detection.stated import ROLE, flag_of, label_of, nth
+from fasttune_detection.stated import CROWD, LABELS, ROLE, first_of, flag_of, label_of, nth
 
 if TYPE_CHECKING:
     from PIL import Image
 
-_VALUES = 2**16  # ids that are told by counting them all, which sorts nothing
+_THING = ("thing", "isthing", "is_thing")
 
 
 def pixels_of(mask: Image.Image) -> np.ndarray:
@@ -148,7 +148,12 @@ class Segment:
 
 
 def segments_of(value: Any, stuff: tuple[str, ...] | None) -> list[Segment]:
-    """The row's segments. stuff: classes that are stuff, whatever the row says. Raises DataError."""
+    """The row's segments, [{"id", "label", "thing", "crowd"}, …] or COCO's names, or lists by name, as some hub
+    sets have them. stuff: classes that are stuff, whatever the row says. Raises DataError."""
+    if isinstance(value, Mapping) and value and all(isinstance(held, (list, tuple)) for held in value.values()):
+        if len({len(held) for held in value.values()}) > 1:
+            raise DataError(ROLE, f"segments: expected lists of one length, found {value!r:.80}")
+        value = [dict(zip(value, held, strict=True)) for held in zip(*value.values(), strict=True)]
     if not isinstance(value, (list, tuple, np.ndarray)):
         raise DataError(ROLE, f"segments: expected a list, found {type(value).__name__} {value!r:.60}")
     found: dict[int, Segment] = {}
@@ -162,11 +167,11 @@ def segments_of(value: Any, stuff: tuple[str, ...] | None) -> list[Segment]:
             raise DataError(ROLE, f"{said}: {error.why}") from error
         if key in found:
             raise DataError(ROLE, f"{said}: its id {key} is that of a segment before it")
-        label = label_of(item.get("label"), i, len(value), "segment")
-        thing = item.get("thing")
+        label = label_of(first_of(item, LABELS)[1], i, len(value), "segment")
+        thing = first_of(item, _THING)[1]
         if thing not in (None, True, False, 0, 1):
             raise DataError(ROLE, f"{said}: thing: expected true or false, found {thing!r:.40}")
         is_thing = label not in stuff if stuff is not None else thing is None or bool(thing)
-        crowd = flag_of(item.get("crowd"), i, len(value), "segment")
+        crowd = flag_of(first_of(item, CROWD)[1], i, len(value), "segment")
         found[key] = Segment(key, label, is_thing, crowd)
     return list(found.values())

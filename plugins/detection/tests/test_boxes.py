@@ -92,8 +92,7 @@ FAULTS = {
     "far away": (one(10, 20, 1e30, 80), "box 2 of 2", "expected pixels"),
     "beyond the right": (
         one(10, 20, 250, 80),
-        "50 pixels beyond the right edge of the 200 x 100",
-        "data.on_error",
+        "50 pixels beyond the right edge of the 200 x 100 image; expected at most 1",
     ),
     "beyond the bottom": (one(10, 20, 60, 101.5), "1.5 pixels beyond the bottom edge"),
     "beyond the left": (one(-40, 20, 60, 80), "40 pixels beyond the left edge"),

@@ -63,6 +63,17 @@ def test_labels_at_the_edges_are_drawn_whole(box):
     assert frame < 300 * 400
 
 
+@pytest.mark.parametrize("size", [(1, 1), (5000, 4), (4, 5000), (600, 9)])
+def test_flat_pictures_have_no_room_for_labels(size):
+    """A box at their far end."""
+    width, height = size
+    box = [width * 0.9, height * 0.9, width, height]
+    drawn = draw(paper(*size), [box, box], ["zebra", "ox"], [0.5, 0.25])
+    assert (np.asarray(drawn) != PAPER).any()
+    masks = [np.ones((height, width), bool)] * 2
+    assert (np.asarray(draw_segments(paper(*size), masks, ["zebra", "ox"], [0.5, 0.25])) != PAPER).any()
+
+
 def test_labels_do_not_cover_each_other():
     drawn = draw(paper(), [[50, 60, 200, 180], [52, 61, 201, 181]], ["cat", "dog"], [0.5, 0.6])
     one = draw(paper(), [[50, 60, 200, 180]], ["cat"], [0.5], classes=["cat", "dog"])

@@ -479,6 +479,27 @@ def test_panoptic_segments(rgb):
     assert (found.void == (PANOPTIC == 0)).all()
 
 
+@pytest.mark.parametrize(
+    "objects",
+    [
+        {
+            "segments_info": [
+                {"id": 300, "category_id": 3},
+                {"id": 70000, "category_id": 3, "iscrowd": 1},
+                *SEGMENTS[2:],
+            ]
+        },
+        [{"id": 300, "category": 3}, {"id": 70000, "category": 3, "iscrowd": True}, *SEGMENTS[2:]],
+        {"id": [300, 70000, 7], "category_id": [3, 3, "sky"], "iscrowd": [0, 1, 0], "isthing": [1, 1, 0]},
+    ],
+)
+def test_segments_info_as_hub_sets_have_it(objects):
+    found = read((4, 3), picture(PANOPTIC), objects, kind="panoptic")
+    assert found.labels == ("3", "3", "sky")
+    assert found.thing.tolist() == [True, True, False]
+    assert found.crowd.tolist() == [False, True, False]
+
+
 def test_other_kinds_from_a_panoptic_mask():
     classes = panoptic(kind="semantic")
     assert classes.labels == ("car", "sky")
@@ -509,6 +530,7 @@ def test_what_is_stuff_may_be_said_by_the_options():
         ([{**SEGMENTS[0], "crowd": "yes"}], "segment 1 of 1: crowd: expected", "objects"),
         (["car"], "segment 1 of 1: expected a mapping", "objects"),
         ({"id": 3}, "segments: expected a list", "objects"),
+        ({"id": [3, 4], "label": ["a"]}, "lists of one length", "objects"),
     ],
 )
 def test_broken_segments(segments, why, column):
