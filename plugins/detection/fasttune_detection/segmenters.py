@@ -108,7 +108,7 @@ def _open_per_pixel(
         rates = dict.fromkeys(pretrained_parts, _KEPT_RATE)
         if not kept:
             restart(model, [n for n, _ in model.named_parameters() if inside(n, classifiers)])
-            rates |= dict.fromkeys(classifiers, 1.0)
+            rates |= {name: 1.0 for name in classifiers if inside(name, pretrained_parts)}
         notes = (_said(names, was, kept, opened.mismatched & in_classifiers, not pretrained_parts),)
         if new := sorted(set(head) - set(pretrained_parts)):
             notes += (f"not in the checkpoint, newly initialised: {', '.join(new)}",) if pretrained_parts else ()
