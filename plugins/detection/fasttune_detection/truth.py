@@ -73,16 +73,16 @@ class Ids:
         for key in found:
             if self.names is not None and key not in self.names:
                 count = int((ids == key).sum())
-                raise DataError(
-                    "mask", f"{count} pixels are {self.said(key)}, which is not among {self._classes()}"
-                )
+                why = f"{count} pixels are {self.said(key)}, which is not among {self._classes()}"
+                grey = self.coloured and key % 256 == key // 256 % 256 == key // 65536
+                raise DataError("mask", f"{why}; are its channels alike? Save one of them" if grey else why)
         return found
 
     def said(self, key: int) -> str:
         return f"of the colour {key % 256},{key // 256 % 256},{key // 65536}" if self.coloured else str(key)
 
     def _classes(self) -> str:
-        return listed({key: str(name) for key, name in (self.names or {}).items()})
+        return listed({key: name for key, name in (self.names or {}).items() if name is not None})
 
     def name(self, key: int) -> str:
         return str(key) if self.names is None else str(self.names[key])

@@ -425,6 +425,11 @@ def test_colours_that_nothing_names(objects, why):
         semantic(picture(coloured()), objects)
 
 
+def test_ids_as_grey_colours():
+    with pytest.raises(DataError, match=r"of the colour 1,1,1, .* the 2 classes: 0 \(sky\), 1 \(road\); are its"):
+        semantic(picture(IDS % 2, "RGB"), {"classes": {"0": "sky", "1": "road", "2": None}})
+
+
 @pytest.mark.parametrize(
     ("classes", "why"),
     [
