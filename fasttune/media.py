@@ -156,17 +156,36 @@ def _decoding(
         raise DataError(column, f"{named} can't be decoded: {error}") from error
 
 
-def image_size(value: Any, column: str, root: Path | None) -> tuple[int, int]:
-    """Width and height of the image as `open_image` gives it, EXIF rotation applied, from the file's header alone.
+def image_size(value: Any, column: str, root: Path | None, limits: Limits) -> tuple[int, int]:
+    """Width and height of the image as `open_image` gives it, EXIF rotation applied, without its pixels.
 
-    Raises DataError for a file that is empty or no image; what is wrong with its pixels shows when it is opened.
+    Raises DataError for a file that is empty, no image or larger than `limits.max_pixels`; what is wrong with its
+    pixels shows when it is opened.
     """
-    from PIL import ExifTags
+    from PIL import ExifTags, Image
 
-    with _decoding(value, column, root) as (image, _):
-        lies_on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-        width, height = image.size
-    return (height, width) if lies_on_its_side else (width, height)
+    with _decoding(value, column, root) as (image, named):
+        _check_pixels(image, column, named, limits)
+        if image.format == "PNG" and not _tags_follow_pixels(image.fp):  # type: ignore[attr-defined]
+            tags = Image.Image.getexif(image)  # PngImageFile's own decodes all pixels, in case tags follow them
+        else:
+            tags = image.getexif()
+        # Pillow turns the size of a TIFF itself, as it does its pixels.
+        width, height = (tags[256], tags[257]) if image.format == "TIFF" else image.size
+    return (height, width) if tags.get(ExifTags.Base.Orientation) in (5, 6, 7, 8) else (width, height)
+
+
+def _tags_follow_pixels(png: Any) -> bool:
+    """Whether a PNG has EXIF tags, or text (XMP may hold a rotation too), after its pixels. Its place stays."""
+    place, seen = png.tell(), False
+    png.seek(8)
+    found = False
+    while not found and len(header := png.read(8)) == 8:
+        seen = seen or header[4:] == b"IDAT"
+        found = seen and header[4:] in (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
+        png.seek(int.from_bytes(header[:4]) + 4, io.SEEK_CUR)  # its bytes, and a checksum
+    png.seek(place)
+    return found
 
 
 @contextlib.contextmanager

@@ -227,7 +227,9 @@ class Rows:
         masks opened.
 
         Raises DataError for a file that is no image, and for a mask of another size than its image."""
-        sizes = {role: image_size(row[role], role, self.table.root) for role in self._roles("image", row)}
+        sizes = {
+            role: image_size(row[role], role, self.table.root, self.limits) for role in self._roles("image", row)
+        }
         opened = self.with_masks(row)
         self._masks_must_fit(opened, sizes)
         return {**opened, **sizes}

@@ -272,20 +272,75 @@ def test_samples_as_datasets_decodes_them(tmp_path: Path) -> None:
     assert "data.max_audio_seconds" in refused_audio(long, tmp_path, Limits(max_seconds=1.5))
 
 
+def chunks(png: bytes) -> list[bytes]:
+    found, at = [], 8
+    while at < len(png):
+        end = at + 12 + int.from_bytes(png[at : at + 4])
+        found.append(png[at:end])
+        at = end
+    return found
+
+
+def last_but_one(png: bytes, name: bytes) -> bytes:
+    """The PNG with its chunk of this name behind the pixels."""
+    parts = chunks(png)
+    (moved,) = (part for part in parts if part[4:8] == name)
+    rest = [part for part in parts if part is not moved]
+    return png[:8] + b"".join([*rest[:-1], moved, rest[-1]])
+
+
 @pytest.mark.parametrize("orientation", [None, *range(1, 9)])
-def test_a_size_is_that_of_the_opened_image(tmp_path: Path, orientation: int | None) -> None:
-    """Read from the header, EXIF rotation applied."""
+@pytest.mark.parametrize("form", ["jpg", "png", "late.png", "webp", "tif"])
+def test_a_size_is_that_of_the_opened_image(tmp_path: Path, orientation: int | None, form: str) -> None:
+    """Its pixels not decoded, EXIF rotation applied, wherever its tags stand."""
     exif = Image.Exif()
     if orientation:
         exif[0x0112] = orientation
-    Image.new("RGB", (30, 20)).save(tmp_path / "picture.jpg", exif=exif)
-    assert image_size("picture.jpg", "image", tmp_path) == opened(tmp_path, "picture.jpg").shape[1::-1]
-    data = {"bytes": (tmp_path / "picture.jpg").read_bytes()}
-    assert sorted(image_size(data, "image", None)) == [20, 30]
+    path = tmp_path / f"picture.{form}"
+    Image.new("RGB", (30, 20)).save(path, exif=exif)
+    if form == "late.png" and orientation:
+        path.write_bytes(last_but_one(path.read_bytes(), b"eXIf"))
+    expected = opened(tmp_path, path.name).shape[1::-1]
+    assert image_size(path.name, "image", tmp_path, LIMITS) == expected
+    data = {"bytes": path.read_bytes()}
+    assert image_size(data, "image", None, LIMITS) == expected
+    assert expected == ((20, 30) if orientation in (5, 6, 7, 8) else (30, 20))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_rotation_in_xmp(tmp_path: Path, late: bool) -> None:
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", '<x:xmpmeta><rdf tiff:Orientation="6"/></x:xmpmeta>')
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (30, 20)).save(path, pnginfo=info)
+    if late:
+        path.write_bytes(last_but_one(path.read_bytes(), b"iTXt"))
+    assert opened(tmp_path, path.name).shape[:2] == (30, 20)
+    assert image_size(path.name, "image", tmp_path, LIMITS) == (20, 30)
+
+
+@pytest.mark.parametrize("form", ["jpg", "png", "bmp"])
+def test_a_size_is_told_without_pixels(tmp_path: Path, form: str) -> None:
+    """Of a file that has lost most of them."""
+    noise = np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8)
+    path = tmp_path / f"picture.{form}"
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(DataError):
+        opened(tmp_path, path.name)
+    assert image_size(path.name, "image", tmp_path, LIMITS) == (120, 90)
+
+
+def test_a_size_above_the_limit_is_refused(tmp_path: Path) -> None:
+    Image.new("L", (30, 20)).save(tmp_path / "picture.png")
+    with pytest.raises(DataError, match=r"30 x 20 pixels, more than data\.max_pixels 599"):
+        image_size("picture.png", "image", tmp_path, Limits(max_pixels=599))
 
 
 @pytest.mark.parametrize(("content", "why"), [(b"", "is empty"), (b"no picture", "is not an image")])
 def test_what_has_no_size_is_refused(tmp_path: Path, content: bytes, why: str) -> None:
     (tmp_path / "broken.png").write_bytes(content)
     with pytest.raises(DataError, match=why):
-        image_size("broken.png", "image", tmp_path)
+        image_size("broken.png", "image", tmp_path, LIMITS)

@@ -130,6 +130,31 @@ def _lw_detr(**settings):
     return hf.LwDetrConfig(backbone_config=vit, **{**own, **settings})
 
 
+def _rf_detr(**settings):
+    dinov2 = hf.RfDetrDinov2Config(
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        mlp_ratio=2,
+        image_size=64,
+        patch_size=16,
+        num_windows=2,
+        out_indices=[2, 4],
+    )
+    own = {
+        "d_model": 32,
+        "decoder_layers": 2,
+        "decoder_self_attention_heads": 4,
+        "decoder_cross_attention_heads": 4,
+        "decoder_ffn_dim": 48,
+        "num_queries": 12,
+        "group_detr": 3,
+        "c2f_num_blocks": 1,
+        "dropout": 0.0,
+    }
+    return hf.RfDetrConfig(backbone_config=dinov2, **{**own, **settings})
+
+
 def _deformable(**settings):
     # Of 64: with 32 each channel is a group of its own, and the biases before the group norms have no gradient.
     own = {**_TRANSFORMER, "d_model": 64, "num_feature_levels": 4, **settings}
@@ -149,6 +174,7 @@ CONFIGS = {
     "d_fine": lambda **s: _of_hgnet(hf.DFineConfig, **s),
     "deimv2": lambda **s: _of_hgnet(hf.Deimv2Config, **s),
     "lw_detr": _lw_detr,
+    "rf_detr": _rf_detr,
 }
 _PROCESSORS = {
     "detr": "DetrImageProcessorPil",
@@ -158,6 +184,7 @@ _PROCESSORS = {
     "deformable": "DeformableDetrImageProcessorPil",
     "two_stage": "DeformableDetrImageProcessorPil",
     "lw_detr": "DeformableDetrImageProcessorPil",
+    "rf_detr": "DeformableDetrImageProcessorPil",
     "yolos": "YolosImageProcessorPil",
 }
 _EDGES = {"shortest_edge": 64, "longest_edge": 96}
@@ -174,7 +201,9 @@ def make_model():
         _make_distinct(model)
         model.save_pretrained(folder)
         name = _PROCESSORS.get(kind, "RTDetrImageProcessorPil")
-        size = size or (_EDGES if kind in _PROCESSORS and kind != "lw_detr" else {"height": 64, "width": 64})
+        size = size or (
+            _EDGES if kind in _PROCESSORS and kind not in ("lw_detr", "rf_detr") else {"height": 64, "width": 64}
+        )
         getattr(hf, name)(size=size).save_pretrained(folder)
         return str(folder)
 

@@ -94,6 +94,12 @@ class TestLwDetr(Kit):
     kind = "lw_detr"
 
 
+class TestRfDetr(Kit):
+    """The same, with a windowed DINOv2."""
+
+    kind = "rf_detr"
+
+
 class TestYolos(Kit):
     """Softmax with "no object", a bare vision transformer."""
 

@@ -17,7 +17,7 @@ from fasttune_detection.parts import check_packages
 from fasttune_detection.task import ObjectDetection
 
 KINDS = ["detr", "conditional", "deformable", "two_stage", "dab", "table", "yolos", "rt_detr", "rt_detr_v2"]
-KINDS += ["d_fine", "deimv2", "lw_detr"]
+KINDS += ["d_fine", "deimv2", "lw_detr", "rf_detr"]
 
 
 def built(folder, labels=("a", "b", "c"), random=False, **options):

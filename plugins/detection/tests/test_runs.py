@@ -55,7 +55,7 @@ def mixed(index):
 
 
 KINDS = ["detr", "conditional", "deformable", "two_stage", "dab", "table", "yolos", "rt_detr", "rt_detr_v2"]
-KINDS += ["d_fine", "deimv2", "lw_detr"]
+KINDS += ["d_fine", "deimv2", "lw_detr", "rf_detr"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -96,9 +96,31 @@ def test_a_head_is_trained_on_a_frozen_base(run, make_model, tmp_path, kind):
     assert all(any(part in name for part in ("class", "bbox", "score")) for name in changed), changed
 
 
-# LW-DETR: peft finds modules by the ends of their names, takes the list enc_out_class_embed for class_embed, and
-# refuses lists.
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lw_detr"])
+# peft finds modules by the ends of their names, takes the list enc_out_class_embed for class_embed, refuses lists.
+REFUSED = ("lw_detr", "rf_detr")
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_an_adapter_that_peft_refuses_is_opened_and_merged_here(run, tmp_path, kind):
+    _, best, rows = run(kind, {"kind": "lora", "rank": 4}, options={"threshold": 0.0})
+    config = hf.AutoConfig.from_pretrained(best)
+    base = hf.AutoModelForObjectDetection.from_pretrained(
+        tmp_path / "model", config=config, ignore_mismatched_sizes=True
+    )
+    with pytest.raises(TypeError, match="ModuleList"):  # else the README says too little
+        peft.PeftModel.from_pretrained(base, best)
+    opened = fasttune.load(best.parent)
+    found = opened.predict(rows)
+    opened.export(tmp_path / "merged")
+    merged = hf.AutoModelForObjectDetection.from_pretrained(tmp_path / "merged")
+    processor = hf.AutoImageProcessor.from_pretrained(tmp_path / "merged", backend="pil")
+    for picture, mine in zip(pictures(rows)[:2], found, strict=False):
+        expected = boxes_of(merged, processor, picture)
+        np.testing.assert_allclose(mine["scores"], expected["scores"], atol=1e-4)
+        np.testing.assert_allclose(mine["boxes"], expected["boxes"], atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in REFUSED])
 def test_an_adapter_opens_in_peft(run, tmp_path, kind):
     _, best, rows = run(kind, {"kind": "lora", "rank": 4}, options={"threshold": 0.0})
     base = hf.AutoModelForObjectDetection.from_pretrained(
