@@ -93,13 +93,14 @@ def _instances(
     outputs: Any, size: tuple[int, int], processor: Any, names: Any, threshold: float
 ) -> list[dict[str, Any]]:
     """The best first. The processor gives masks in the model's size; they are enlarged one by one, by the nearest
-    neighbour, which is what it would do with all at once."""
+    neighbour, which is what it would do with all at once. It paints them on a picture that lies on the CPU."""
+    outputs = SimpleNamespace(**{name: tensor.cpu() for name, tensor in vars(outputs).items()})
     (found,) = processor.post_process_instance_segmentation(outputs, threshold=threshold, return_binary_maps=True)
     infos = found["segments_info"]
     segments = []
     for info, mask in zip(infos, found["segmentation"] if infos else (), strict=True):
         large = nn.functional.interpolate(mask[None, None], size=size, mode="nearest")[0, 0] > 0
-        kept = large.cpu().numpy()
+        kept = large.numpy()
         if kept.any():
             segments.append(
                 {

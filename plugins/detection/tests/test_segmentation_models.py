@@ -1,4 +1,4 @@
-"""What `build` makes of a segmenter's checkpoint: classes, parts, sizes; what is seen of a row; what is refused."""
+"""What `build` makes of a segmenter's checkpoint: classes, parts, sizes; what is seen of a row, and refused."""
 
 import json
 import sys
