@@ -47,8 +47,8 @@ def pixel_loss(logits: Tensor, auxiliary: Tensor | None, weight: float, labels: 
 
 def _summed(logits: Tensor, labels: Tensor) -> Tensor:
     large = nn.functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
-    rows = large.permute(0, 2, 3, 1).reshape(-1, logits.shape[1])
-    loss = cross_entropy(rows, labels.reshape(-1), ignore_index=IGNORED, reduction="sum")
+    rows = large.permute(0, 2, 3, 1).reshape(-1, logits.shape[1])  # nothing else reads them
+    loss = cross_entropy(rows, labels.reshape(-1), ignore_index=IGNORED, reduction="sum", inplace=True)
     assert isinstance(loss, Tensor)
     return loss
 

@@ -187,10 +187,6 @@ class TestMask2Former(OfObjects):
     model_kind = "mask2former"
 
 
-class TestMask2FormerResNet(OfObjects):
-    model_kind = "mask2former_resnet"
-
-
 class TestMaskFormer(OfObjects):
     """Panoptic truth of objects on a background."""
 
@@ -203,10 +199,6 @@ class TestMaskFormer(OfObjects):
         found = zip(segments.labels, segments.masks, strict=True)
         kept = [{"label": label, "score": 0.9, "mask": to_rle(mask)} for label, mask in found]
         return {"size": list(segments.size), "segments": kept}
-
-
-class TestMaskFormerResNet(TestMaskFormer):
-    model_kind = "maskformer_resnet"
 
 
 def test_nearest_neighbours_are_pillows():

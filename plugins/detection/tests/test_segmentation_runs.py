@@ -8,6 +8,7 @@ import numpy as np
 import peft
 import pytest
 import transformers as hf
+import yaml
 from click.testing import CliRunner
 from PIL import Image
 
@@ -245,6 +246,52 @@ def test_bf16_trains_too(run, model):
 def test_random_weights_train(run, model):
     report, _ = run(model, "full", weights="random")
     assert report.metrics["valid"]["loss"] > 0
+
+
+@pytest.mark.parametrize(("model", "kind", "metric", "least"), [("segformer", "semantic", "mIoU", 0.7)])
+def test_shapes_are_learned(run, model, kind, metric, least):
+    train = {"steps": 80, "batch": 5, "lr": 3e-3, "precision": "fp32"}
+    report, _ = run(model, "full", kind, train=train, eval={"every": 80, "batch": 1}, weights="random")
+    assert report.metrics["valid"][metric] > least
+
+
+def test_stuff_is_what_panoptic_data_say(tmp_path):
+    """COCO's panoptic file: ground is stuff, squares are things."""
+    folder = tmp_path / "panoptic"
+    (folder / "masks").mkdir(parents=True)
+    document = {"images": [], "annotations": []}
+    names = ["ground", *sorted(COLOURS)]
+    document["categories"] = [{"id": 7 + i, "name": name, "isthing": int(i > 0)} for i, name in enumerate(names)]
+    for i in range(8):
+        picture, ids, _ = shapes(i)
+        picture.save(folder / f"{i}.png")
+        # ids of segments are those of classes, shifted: one object a class here
+        numbers = np.asarray(ids).astype(np.uint8) + 40
+        coloured = np.stack([numbers, np.zeros_like(numbers), np.zeros_like(numbers)], axis=-1)
+        Image.fromarray(coloured).save(folder / "masks" / f"{i}.png")
+        size = {"width": picture.width, "height": picture.height}
+        document["images"].append({"id": i, "file_name": f"{i}.png", **size})
+        found = [{"id": n, "category_id": n - 33, "iscrowd": 0} for n in np.unique(numbers).tolist()]
+        document["annotations"].append({"image_id": i, "file_name": f"{i}.png", "segments_info": found})
+    path = folder / "panoptic.json"
+    path.write_text(json.dumps(document))
+    report = fasttune.finetune(
+        task="image-segmentation",
+        model=segmenters.write(tmp_path / "model", "maskformer_resnet"),
+        data={"train": str(path), "valid": str(path)},
+        options={"kind": "panoptic", "threshold": 0.0},
+        strategy="full",
+        train=TRAIN,
+        output=str(tmp_path / "run"),
+        quiet=True,
+    )
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert written["options"]["stuff"] == ["ground"]
+    found = report.metrics["valid"]
+    assert 0 <= found["PQ"] <= 1
+    assert {"PQ_things", "PQ_stuff"} <= found.keys()
+    assert not found["per_class"]["ground"]["thing"]
+    assert found["per_class"]["blue"]["thing"]
 
 
 def test_a_run_with_augmentation_is_the_same_again_in_any_worker(mask_folder, tmp_path):
