@@ -65,6 +65,9 @@ size."""
 ONE_SIZE = frozenset({"beit", "data2vec-vision", "eomt", "eomt_dinov3"})
 """Their position embeddings are for the `image_size` of their configuration."""
 
+POOL_ALL = frozenset({"upernet", "beit", "data2vec-vision", "mobilenet_v2", "mobilevit", "mobilevitv2"})
+"""Their heads pool a whole image into one value, and normalise it over the batch."""
+
 QUERY_CLASSES = frozenset({"class_predictor"})
 QUERY_MASKS = frozenset({"mask_embedder", "mask_head"})
 """What makes a class and a mask of a query."""

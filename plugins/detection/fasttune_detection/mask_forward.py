@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from fasttune.task import Bundle, Loss
-from fasttune_detection.families import UNIVERSAL
+from fasttune_detection.families import POOL_ALL, UNIVERSAL
 from fasttune_detection.forward import one_dtype
 from fasttune_detection.mask_losses import pixel_loss
 from fasttune_detection.options import SegmentationOptions
@@ -28,6 +28,9 @@ def forward(model: Any, batch: Mapping[str, Tensor]) -> Any:
     with one_dtype(model):
         if model.config.model_type in UNIVERSAL:
             return model(pixel_values=values, **_targets(batch))
+        images = len(values)
+        if images == 1 and _normalises_one_value(model):
+            values = values.expand(2, -1, -1, -1)
         found: list[Tensor] = []
         head = getattr(model, "auxiliary_head", None)
         handle = head and head.register_forward_hook(lambda module, inputs, output: found.append(output))
@@ -36,7 +39,7 @@ def forward(model: Any, batch: Mapping[str, Tensor]) -> Any:
         finally:
             if handle:
                 handle.remove()
-        return SimpleNamespace(logits=logits, auxiliary=found[0] if found else None)
+        return SimpleNamespace(logits=logits[:images], auxiliary=found[0][:images] if found else None)
 
 
 def loss_of(model: Any, outputs: Any, batch: Mapping[str, Tensor]) -> Loss:
@@ -69,6 +72,13 @@ def predictions_of(
             segments = _panoptic(one, (height, width), bundle.processor, names, options.threshold, stuff)
         predictions.append({"size": [width, height], "segments": segments})
     return predictions
+
+
+def _normalises_one_value(model: Any) -> bool:
+    """Whether a batch norm would refuse a single image, "expected more than 1 value per channel": the last batch
+    of an epoch may be one. The image then stands there twice, which leaves means and variances as they are."""
+    norms = (module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    return model.config.model_type in POOL_ALL and any(norm.training for norm in norms)
 
 
 def _targets(batch: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:

@@ -114,6 +114,23 @@ def test_the_loss_of_pixels_is_that_of_transformers(opened, kind, training):
     assert bool(loss.parts) == (getattr(theirs, "auxiliary_head", None) is not None)
 
 
+@pytest.mark.parametrize("kind", sorted(segmenters.PER_PIXEL))
+def test_a_batch_of_one_image_trains(opened, kind):
+    """Heads that pool the image normalise one value over the batch, which torch refuses; it has the loss of two
+    that are equal."""
+    task, bundle, _ = opened(kind)
+    for module in bundle.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    bundle.model.train()
+    (sample,) = pixels(1)
+    one = task.loss(bundle.model, collate([sample], bundle.padding))
+    one.total.backward()
+    two = task.loss(bundle.model, collate([sample, sample], bundle.padding))
+    assert one.count == two.count / 2
+    assert float(one.total.detach()) == pytest.approx(float(two.total.detach()) / 2, rel=1e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_of_segments_is_that_of_transformers(opened, kind):
     """In training the points are drawn from the same numbers; an image has no segment."""

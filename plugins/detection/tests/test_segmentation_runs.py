@@ -248,10 +248,13 @@ def test_random_weights_train(run, model):
     assert report.metrics["valid"]["loss"] > 0
 
 
-@pytest.mark.parametrize(("model", "kind", "metric", "least"), [("segformer", "semantic", "mIoU", 0.7)])
-def test_shapes_are_learned(run, model, kind, metric, least):
-    train = {"steps": 80, "batch": 5, "lr": 3e-3, "precision": "fp32"}
-    report, _ = run(model, "full", kind, train=train, eval={"every": 80, "batch": 1}, weights="random")
+@pytest.mark.parametrize(
+    ("model", "kind", "steps", "metric", "least"),
+    [("segformer", "semantic", 80, "mIoU", 0.7), ("eomt", "instance", 200, "mAP50", 0.5)],
+)
+def test_shapes_are_learned(run, model, kind, steps, metric, least):
+    train = {"steps": steps, "batch": 5, "lr": 3e-3, "head_lr": 3e-3, "precision": "fp32"}
+    report, _ = run(model, "full", kind, train=train, eval={"every": steps, "batch": 1}, weights="random")
     assert report.metrics["valid"][metric] > least
 
 
