@@ -171,27 +171,41 @@ class _Pair:
 
 def _rows(part: _Part, root: Path) -> tuple[list[dict[str, Any]], list[str], bool]:
     """(rows, notes, whether the masks are Cityscapes')."""
-    pairs: dict[str, _Pair] = {}
-    together = part.masks == part.images
     pictures = list(images_in(part.images))
-    for image in pictures:
-        if not (together and image.stem.endswith(_MARKS)):
-            pairs.setdefault(_key(image, part.images, _IMAGE_ENDS), _Pair()).images.append(image)
     masks = list(_masks_of(part, pictures))
-    for mask in masks:
-        whole = _key(mask, part.masks or part.images, ())
-        key = whole if whole in pairs and not together else _key(mask, part.masks or part.images, _MASK_ENDS)
-        pairs.setdefault(key, _Pair()).masks.append(mask)
+    taken = set(masks)
+    images = [path for path in pictures if path not in taken]
     where = (below(part.images, root), below(part.masks, root) if part.masks else "")
-    if masks and pictures and not any(pair.images and pair.masks for pair in pairs.values()):
-        first = f"the first image is {below(pictures[0], root)}, the first mask {below(masks[0], root)}"
-        raise DataError(None, f"no mask in {where[1]} bears the name of an image in {where[0]}: {first}")
+    pairs = _paired(images, masks, part)
+    if masks and images and not _fit(pairs):
+        pairs = _paired(images, masks, None)
+        if not _fit(pairs):
+            first = f"the first image is {below(images[0], root)}, the first mask {below(masks[0], root)}"
+            raise DataError(None, f"no mask in {where[1]} bears the name of an image in {where[0]}: {first}")
     names = list(pairs) if part.only is None else list(part.only)
     rows = [_row(name, pairs.get(name, _Pair()), root, where, bool(masks)) for name in names]
     strays = [row for row in rows if isinstance(row["image"], DataError)]
     rows = [row for row in rows if not isinstance(row["image"], DataError)] + strays
     notes = [] if masks else [f"{where[0]}: no masks; its images are to be predicted"]
     return rows, notes, bool(masks) and all(mask.stem.endswith(_CITYSCAPES) for mask in masks)
+
+
+def _paired(images: list[Path], masks: list[Path], part: _Part | None) -> dict[str, _Pair]:
+    """Files by name: below the part's folders, or if no part is given wherever they lie (Oxford's pets have theirs
+    in annotations/trimaps)."""
+    pairs: dict[str, _Pair] = {}
+    of_images, of_masks = (part.images, part.masks) if part else (None, None)
+    for image in images:
+        pairs.setdefault(_key(image, of_images, _IMAGE_ENDS), _Pair()).images.append(image)
+    for mask in masks:
+        whole = _key(mask, of_masks, ())
+        key = whole if whole in pairs else _key(mask, of_masks, _MASK_ENDS)
+        pairs.setdefault(key, _Pair()).masks.append(mask)
+    return pairs
+
+
+def _fit(pairs: dict[str, _Pair]) -> bool:
+    return any(pair.images and pair.masks for pair in pairs.values())
 
 
 def _masks_of(part: _Part, pictures: list[Path]) -> Iterator[Path]:
@@ -206,10 +220,10 @@ def _masks_of(part: _Part, pictures: list[Path]) -> Iterator[Path]:
     yield from of_classes or found
 
 
-def _key(path: Path, folder: Path, ends: tuple[str, ...]) -> str:
+def _key(path: Path, folder: Path | None, ends: tuple[str, ...]) -> str:
     """The path below its folder, without its suffix and the first of these ends that it has."""
     stem = next((path.stem.removesuffix(end) for end in ends if path.stem.endswith(end)), path.stem)
-    return str(PurePath(path.relative_to(folder).parent, stem))
+    return str(PurePath(path.relative_to(folder).parent, stem)) if folder else stem
 
 
 def _row(name: str, pair: _Pair, root: Path, where: tuple[str, str], has_masks: bool) -> dict[str, Any]:

@@ -146,6 +146,14 @@ def test_no_two_files_that_belong_together(folder):
         folder(["images/x.jpg", "masks/y.png"])
 
 
+def test_masks_in_a_folder_of_another_depth(folder):
+    """Oxford's pets. Names that lie in folders of their own are pairs only where those are alike."""
+    opened = folder(["images/a.jpg", "images/b.jpg", "annotations/trimaps/a.png", "annotations/trimaps/b.png"])
+    assert pairs(opened) == [(f"images/{name}.jpg", f"annotations/trimaps/{name}.png") for name in "ab"]
+    both = ["x/images/1/a.jpg", "x/images/2/a.jpg", "x/masks/1/a.png", "x/masks/2/a.png"]
+    assert pairs(folder(both, place="set/x")) == [(f"images/{i}/a.jpg", f"masks/{i}/a.png") for i in (1, 2)]
+
+
 def test_cityscapes(folder):
     stem = "train/ulm/ulm_000001_000019_"
     files = [f"leftImg8bit/{stem}leftImg8bit.png", f"gtFine/{stem}gtFine_labelIds.png"]
