@@ -178,6 +178,15 @@ def test_small_segments_lie_above_large_ones_whatever_the_order():
     assert tuple(np.asarray(one)[200, 339]) == colour(0)  # its outline
 
 
+def test_the_label_of_a_small_segment_has_the_first_choice():
+    """The centre of both is the same."""
+    masks = [disc(300, 200, 180), disc(300, 200, 50)]
+    drawn = np.asarray(draw_segments(paper(600, 400), masks, ["b", "a"], None, ["a", "b"]))
+    inside = drawn[196:205, 297:304]
+    assert (inside == colour(0)).all(-1).mean() > 0.3
+    assert not (inside == colour(1)).all(-1).any()
+
+
 def test_a_label_stands_in_the_largest_part():
     mask = disc(80, 80, 60) | disc(450, 250, 120)
     drawn = np.asarray(draw_segments(paper(600, 400), [mask], ["a"], None))

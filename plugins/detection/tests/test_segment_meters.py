@@ -1,21 +1,14 @@
-"""mIoU against scikit-learn, mask mAP against pycocotools, panoptic quality against its definition."""
+"""mIoU against scikit-learn, panoptic quality against its definition in exact fractions."""
 
-import contextlib
-import io
 import itertools
 import json
 import pickle
 import random
-import subprocess
-import sys
 from fractions import Fraction
 
 import numpy as np
 import pytest
 from PIL import Image
-from pycocotools import mask as coco_masks
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from sklearn.metrics import confusion_matrix, jaccard_score, recall_score
 
 from fasttune.errors import DataError
@@ -24,7 +17,6 @@ from fasttune_detection.segments import Reading, to_rle
 
 CLASSES = ["sky", "road", "tree", "car", "boat"]
 VOID = 255
-TOLERANCE = 1e-6  # as the issue asks; means of the same numbers are taken in another order
 
 
 def scored(pairs, reading):
@@ -45,12 +37,9 @@ def merged(pairs, reading, order):
     return whole
 
 
-def painted(size, masks, **more):
-    """A prediction. masks: (label, bool [h, w]) or (label, score, bool [h, w])."""
-    segments = []
-    for label, *score, mask in masks:
-        segments.append({"label": label, **({"score": score[0]} if score else {}), "mask": to_rle(mask)})
-    return {"size": list(size), "segments": segments, **more}
+def painted(size, masks):
+    """A prediction. masks: (label, bool [h, w])."""
+    return {"size": list(size), "segments": [{"label": label, "mask": to_rle(mask)} for label, mask in masks]}
 
 
 # Semantic.
@@ -158,12 +147,10 @@ def test_faults(prediction, error, said, kind):
         meter_of(Reading(kind, classes=NAMES if kind == "semantic" else None)).update(prediction, row)
 
 
-# Instances.
+# Panoptic.
 
-INSTANCE = Reading("instance")
-KINDS = [f"class {i}" for i in range(6)]
-METRICS = ("mAP", "mAP50", "mAP75", "mAP_small", "mAP_medium", "mAP_large", "mAR1", "mAR10", "mAR100")
-METRICS += ("mAR_small", "mAR_medium", "mAR_large")  # as pycocotools lists them
+PANOPTIC = Reading("panoptic")
+THINGS = {"car": True, "boat": True, "cow": True, "sky": False, "road": False, "grass": False}
 
 
 def blob(shape, chance, side):
@@ -175,163 +162,6 @@ def blob(shape, chance, side):
     mask = ((rows + 0.5 - y) / high) ** 2 + ((columns + 0.5 - x) / wide) ** 2 < 1
     mask[min(int(y), height - 1), min(int(x), width - 1)] = True
     return mask
-
-
-def pictures(count, seed, *, levels=None, crowds=0.1, areas=False):
-    """(prediction, row) as a half-trained model leaves them: shifted masks, wrong classes, double and missing
-    ones, more than a hundred of a class. areas: rows state some, which decide the sizes."""
-    chance = np.random.default_rng(seed)
-    for number in range(count):
-        shape = tuple(chance.integers(120, 260, 2))
-        truths = int(chance.integers(1, 7)) if chance.random() > 0.15 else 0
-        masks = [blob(shape, chance, float(np.exp(chance.uniform(1, 5)))) for _ in range(truths)]
-        labels = chance.choice(KINDS[:-1], truths).tolist()  # the last one is predicted only
-        found = []
-        for mask, label in zip(masks * 2, labels * 2, strict=True):
-            if chance.random() < 0.7:
-                moved = np.roll(mask, chance.integers(-2, 3, 2), (0, 1))
-                found.append((label if chance.random() < 0.8 else str(chance.choice(KINDS)), moved))
-        if number % 15 == 7:
-            found += [(KINDS[0], blob(shape, chance, 6)) for _ in range(120)]
-        if number % 15 == 8:
-            found.append((KINDS[0], np.zeros(shape, bool)))  # the model thinks of one, and paints nothing
-        scores = chance.random(len(found))
-        scores = scores if levels is None else (scores * levels).astype(int) / levels
-        objects = {
-            "masks": [to_rle(mask) for mask in masks],
-            "labels": labels,
-            "crowd": (chance.random(truths) < crowds).tolist(),
-        }
-        if areas:
-            stated = chance.uniform(100, 20000, truths)
-            objects["area"] = [None if chance.random() < 0.3 else area for area in stated.tolist()]
-        prediction = painted(
-            shape[::-1],
-            [(label, score, mask) for (label, mask), score in zip(found, scores.tolist(), strict=True)],
-        )
-        yield prediction, {"image": f"images/page {number}.png", "objects": objects}
-
-
-def official(pairs, iou_type="segm"):
-    """pycocotools' twelve numbers and AP by class; images numbered in the order given."""
-    ids = {name: i for i, name in enumerate(KINDS)}
-    truths, found = [], []
-    for number, (prediction, row) in enumerate(pairs, start=1):
-        objects = row["objects"]
-        areas = objects.get("area") or [None] * len(objects["labels"])
-        for mask, label, crowd, area in zip(
-            objects["masks"], objects["labels"], objects["crowd"], areas, strict=True
-        ):
-            area = float(coco_masks.area(mask)) if area is None else area
-            one = {"id": len(truths) + 1, "image_id": number, "category_id": ids[label], "segmentation": mask}
-            truths.append({**one, "area": area, "iscrowd": int(crowd), "bbox": coco_masks.toBbox(mask).tolist()})
-        for segment in prediction["segments"]:
-            one = {"image_id": number, "category_id": ids[segment["label"]], "score": segment["score"]}
-            if iou_type == "segm":
-                found.append({**one, "segmentation": segment["mask"]})
-            else:
-                found.append({**one, "bbox": coco_masks.toBbox(segment["mask"]).tolist()})
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO()
-        sizes = [prediction["size"] for prediction, _ in pairs]
-        coco.dataset = {
-            "info": {},
-            "images": [{"id": i, "width": w, "height": h} for i, (w, h) in enumerate(sizes, start=1)],
-            "categories": [{"id": i, "name": name} for name, i in ids.items()],
-            "annotations": truths,
-        }
-        coco.createIndex()
-        evaluation = COCOeval(coco, coco.loadRes(found), iou_type)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    whole = {name: None if value == -1 else value for name, value in zip(METRICS, evaluation.stats, strict=True)}
-    classes = {}
-    for name, i in ids.items():
-        table = evaluation.eval["precision"][:, :, evaluation.params.catIds.index(i), 0, -1]
-        if table.max() > -1:
-            classes[name] = table.mean()
-    return whole, classes
-
-
-@pytest.mark.parametrize("levels", [None, 10, 1], ids=["any score", "ten scores", "all equal"])
-@pytest.mark.parametrize("crowds", [0.0, 0.25])
-@pytest.mark.parametrize("areas", [False, True])
-def test_instances_equal_pycocotools(levels, crowds, areas):
-    pairs = list(pictures(60, 5, levels=levels, crowds=crowds, areas=areas))
-    assert sum(not row["objects"]["masks"] for _, row in pairs) > 3
-    result = scored(pairs, INSTANCE).result()
-    whole, classes = official(pairs)
-    assert 0.05 < result["mAP"] < 0.95
-    assert set(result) == {*METRICS, "per_class", "box_mAP"}
-    for name in METRICS:
-        assert result[name] == (None if whole[name] is None else pytest.approx(whole[name], abs=TOLERANCE)), name
-    assert None not in whole.values()
-    assert {name: held["AP"] for name, held in result["per_class"].items()} == pytest.approx(
-        classes, abs=TOLERANCE
-    )
-    boxes, _ = official(pairs, "bbox")
-    assert result["box_mAP"] == pytest.approx(boxes["mAP"], abs=TOLERANCE)
-    assert abs(boxes["mAP"] - whole["mAP"]) > 1e-3  # else the two could be one
-    json.dumps(result, allow_nan=False)
-
-
-def test_stated_areas_matter_here():
-    """Else the test above would show nothing of them."""
-    first, second = (official(list(pictures(60, 5, areas=areas)))[0] for areas in (False, True))
-    assert abs(first["mAP_small"] - second["mAP_small"]) > 10 * TOLERANCE
-
-
-@pytest.mark.parametrize("levels", [None, 1])
-@pytest.mark.parametrize("paths", [True, False])
-def test_instances_order_and_split_do_not_matter(levels, paths):
-    pairs = list(pictures(30, 6, levels=levels))
-    if not paths:
-        pairs = [(prediction, {"objects": row["objects"]}) for prediction, row in pairs]
-    whole = scored(pairs, INSTANCE).result()
-    for order in ((0, 1, 2), (2, 0, 1)):
-        assert merged(pairs, INSTANCE, order).result() == whole
-
-
-def test_instances_keep_runs_and_no_pixels():
-    """A mask of a million pixels is kept in a hundred bytes."""
-    mask = np.zeros((1000, 1000), bool)
-    mask[100:900, 100:900] = True
-    row = {"objects": {"masks": [to_rle(mask)], "labels": ["class 0"]}}
-    meter = scored([(painted((1000, 1000), [("class 0", 0.9, mask)]), row)] * 3, INSTANCE)
-    assert len(pickle.dumps(meter)) < 20_000
-    assert meter.result()["mAP"] == 1
-
-
-def test_instances_of_a_panoptic_mask():
-    ids = np.zeros((20, 30), np.uint8)
-    ids[2:10, 2:10], ids[12:18, 5:25], ids[0:2] = 1, 2, 3
-    segments = [{"id": 1, "label": "car"}, {"id": 2, "label": "car"}, {"id": 3, "label": "sky", "thing": False}]
-    row = {"mask": Image.fromarray(ids), "objects": {"segments": segments}}
-    found = painted((30, 20), [("car", 0.9, ids == 1), ("car", 0.8, ids == 2)])
-    result = scored([(found, row)], INSTANCE).result()
-    assert result["mAP"] == 1
-    assert result["per_class"]["car"]["objects"] == 2
-    assert "sky" not in result["per_class"]
-
-
-@pytest.mark.parametrize(
-    ("segment", "said"),
-    [
-        ({"score": float("nan"), "mask": to_rle(np.ones((2, 3), bool))}, "finite"),
-        ({"score": 0.5, "mask": to_rle(np.ones((3, 2), bool))}, "3 x 2 has a mask of"),
-    ],
-)
-def test_broken_instances_are_refused(segment, said):
-    row = {"objects": {"masks": [], "labels": []}}
-    with pytest.raises(ValueError, match=said):
-        InstanceMeter(INSTANCE).update({"size": [3, 2], "segments": [{"label": "car", **segment}]}, row)
-
-
-# Panoptic.
-
-PANOPTIC = Reading("panoptic")
-THINGS = {"car": True, "boat": True, "cow": True, "sky": False, "road": False, "grass": False}
 
 
 def cut(shape, chance, pieces):
@@ -515,13 +345,3 @@ def test_the_meter_of_a_kind():
     kinds = {"semantic": SemanticMeter, "instance": InstanceMeter, "panoptic": PanopticMeter}
     for kind, meter in kinds.items():
         assert type(meter_of(Reading(kind))) is meter
-
-
-def test_nothing_is_printed_and_no_torch_needed(capfd):
-    scored(pictures(3, 2), INSTANCE).result()
-    assert capfd.readouterr() == ("", "")
-    code = (
-        "import sys, fasttune_detection.segment_meters\nprint(*{'torch', 'cv2', 'pycocotools'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
