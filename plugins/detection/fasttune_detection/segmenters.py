@@ -39,7 +39,7 @@ from fasttune_detection.parts import (
 
 _KEPT_RATE = 0.1  # of pretrained parts of the head: new ones get 10 times the rate (SegFormer, arXiv 2105.15203)
 _BACKBONE_RATE = 0.1  # MaskFormer (arXiv 2107.06278) and Mask2Former (arXiv 2112.01527): 1e-4 and 1e-5
-_CLIP = 0.01  # the same two; EoMT's code has it from them
+_CLIP = 0.01  # the code of the same two; EoMT has their loss
 _BACKBONE = "pixel_level_module.encoder"
 _PADDING = {"labels": IGNORED, "class_labels": -1}
 _CLASSIFIERS = frozenset({"classifier"})
