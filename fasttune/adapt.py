@@ -175,8 +175,8 @@ class Adapted:
         model = self.bundle.model
         model.train()
         if not isinstance(self.strategy, Full):  # frozen batch norms keep their running statistics
-            for module in model.modules():
-                if isinstance(module, _BATCH_NORMS):
+            for name, module in model.named_modules():
+                if isinstance(module, _BATCH_NORMS) and not _in_head(name, self.bundle):
                     module.eval()
         if isinstance(self.strategy, Head):
             base = base_module(self.bundle)

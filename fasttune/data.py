@@ -60,7 +60,8 @@ def check(
     named: list[list[str]] = []
     digest = hashlib.blake2b(digest_size=16)
     role = label_role(rows.columns)
-    at_fault = role or next((column.role for column in rows.columns if column.supervises), None)
+    there = (column.role for column in rows.columns if column.supervises and column.role in rows.mapping)
+    at_fault = role or next(there, None)
     for position, raw in enumerate(rows):
         digest.update(repr([value_of(raw, name) for name in rows.mapping.values()]).encode())
         keys.append(rows.key(raw))

@@ -45,6 +45,7 @@ __all__ = ["Full", "Head", "Lora", "TaskConformance", "collate"]
 
 _SEED = 7
 _RELATIVE = 2e-4  # of the largest value: fp32 sums over another padding are taken in another order
+_NOTHING = 1e-6  # in a gradient of the mean: that of a key's bias is 0, and what is left of rounding adds up
 
 
 class TaskConformance:
@@ -70,8 +71,13 @@ class TaskConformance:
         raise NotImplementedError
 
     def perfect(self, row: Mapping[str, Any]) -> Any:
-        """What `decode` gives for a row when the model is right."""
+        """What `decode` gives for a row when the model is right. row: as meters get it."""
         raise NotImplementedError
+
+    def comparable(self, prediction: Any) -> Any:
+        """A prediction as two of them are compared, numbers to a tolerance. Override it where rounding shows
+        otherwise: a pixel near the edge of a mask turns, and the mask is written as text."""
+        return prediction
 
     def table(self, folder: Path) -> Sequence[Mapping[str, Any]]:
         """The rows; override it where they name files, which go into `folder`."""
@@ -168,7 +174,7 @@ class TaskConformance:
             parts = [part[2][name] for part in (short, long) if name in part[2]]
             largest = max(float(gradient.abs().max()), *(float(part.abs().max()) for part in parts))
             error = float((sum(parts) - gradient).abs().max())
-            assert error <= _RELATIVE * largest + 1e-6, (
+            assert error <= _RELATIVE * largest + _NOTHING * max(1.0, together[1]), (
                 f"gradients of {name} don't add up: {error:g} of {largest:g}"
             )
 
@@ -194,13 +200,14 @@ class TaskConformance:
         assert packed_total == pytest.approx(total, rel=_RELATIVE), "packing changes the loss"
         for name, gradient in plain.items():
             error = float((together[name] - gradient).abs().max())
-            assert error <= _RELATIVE * float(gradient.abs().max()) + 1e-6, f"packing changes gradients of {name}"
+            noise = _NOTHING * max(1.0, count)
+            assert error <= _RELATIVE * float(gradient.abs().max()) + noise, f"packing changes gradients of {name}"
 
     def test_predictions_do_not_depend_on_the_batch(self, subject: Task, bundle: Bundle, encoded: Encoded) -> None:
         everything = range(len(encoded))
         together = self._decode(subject, bundle, encoded, list(everything))
         alone = [self._decode(subject, bundle, encoded, [i])[0] for i in everything]
-        assert _close(together, alone), "a row's prediction depends on the rows beside it"
+        assert self._agree(together, alone), "a row's prediction depends on the rows beside it"
 
     @torch.no_grad()
     def _decode(self, task: Task, bundle: Bundle, encoded: Encoded, indices: list[int]) -> list[Any]:
@@ -208,6 +215,9 @@ class TaskConformance:
         predictions = task.decode(bundle.model, self._batch(encoded, indices), bundle)
         assert len(predictions) == len(indices), "decode gives one prediction a sample"
         return predictions
+
+    def _agree(self, some: Sequence[Any], others: Sequence[Any], tolerance: float = _RELATIVE) -> bool:
+        return _close([*map(self.comparable, some)], [*map(self.comparable, others)], tolerance)
 
     def test_only_the_intended_parameters_get_gradients(
         self, subject: Task, source: Source, encoded: Encoded
@@ -258,7 +268,7 @@ class TaskConformance:
     def test_perfect_predictions_score_perfectly(self, subject: Task, encoded: Encoded) -> None:
         whole, first, second = subject.meter(), subject.meter(), subject.meter()
         for index in range(len(encoded.rows)):
-            reference = encoded.rows.read(index)
+            reference = encoded.rows.with_masks(encoded.rows.read(index))
             whole.update(self.perfect(reference), reference)
             (first if index % 3 else second).update(self.perfect(reference), reference)
         name = primary_metric(subject).name
@@ -284,7 +294,8 @@ class TaskConformance:
                 row = encoded.rows.read(position, media=True)
                 bare = {role: value for role, value in row.items() if role not in targets}
                 before = copy.deepcopy(bare)
-                picture = subject.draw(bare, self.perfect(encoded.rows.read(position)), bundle)
+                found = self.perfect(encoded.rows.with_masks(encoded.rows.read(position)))
+                picture = subject.draw(bare, found, bundle)
                 assert min(picture.size) > 0, "the picture is empty"
                 assert _same(bare, before), "draw changed its row"
 
@@ -299,7 +310,7 @@ class TaskConformance:
         loaded = build_bundle(subject, Source(tmp_path / "saved"), list(self.labels), _SEED + 1)
         loaded.model.float()
         after = self._decode(subject, loaded, encoded, list(range(len(encoded))))
-        assert _close(before, after), "the saved model predicts something else"
+        assert self._agree(before, after), "the saved model predicts something else"
 
     def test_lora_merged_equals_unmerged(self, subject: Task, bundle: Bundle, encoded: Encoded) -> None:
         strategy = next((s for s in self.strategies if isinstance(s, Lora)), None)
@@ -315,7 +326,7 @@ class TaskConformance:
         unmerged = self._decode(subject, bundle, encoded, indices)
         merge_lora(bundle.model)
         assert not any(isinstance(module, LoRALinear) for module in bundle.model.modules())
-        assert _close(unmerged, self._decode(subject, bundle, encoded, indices), 1e-3)
+        assert self._agree(unmerged, self._decode(subject, bundle, encoded, indices), 1e-3)
 
     def test_a_bad_row_names_its_row_and_column(self, subject: Task, bundle: Bundle, encoded: Encoded) -> None:
         assert self.bad_rows, "give the kit bad rows"
@@ -342,7 +353,7 @@ class TaskConformance:
         assert float(loss.total) == pytest.approx(float(plain.total), rel=1e-5)
         assert float(loss.count) == pytest.approx(float(plain.count))
         if predictions is not None:
-            assert _close(predictions, self._decode(subject, bundle, encoded, list(range(len(encoded)))))
+            assert self._agree(predictions, self._decode(subject, bundle, encoded, list(range(len(encoded)))))
 
 
 def _as_list(samples: Sample | list[Sample]) -> list[Sample]:

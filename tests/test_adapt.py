@@ -126,6 +126,17 @@ def test_masters_hold_what_the_cast_to_bf16_rounds_away():
         assert torch.equal(master, exact[name])
 
 
+def test_batch_norms_of_a_new_head_learn_their_statistics_beside_lora():
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 2)))
+    bundle = Bundle(model, None, head=("2",), blocks=(), lora_targets=("0",))
+    adapted = adapt(bundle, Lora(rank=2))
+    adapted.train_mode()
+    model(torch.randn(4, 6) + 3)
+    assert model[1].running_mean.abs().max() == 0
+    assert model[2][0].running_mean.abs().max() > 0
+    assert {"2.0.running_mean", "2.0.running_var"} <= adapted.buffers().keys()
+
+
 def test_batch_norms_keep_fp32_and_frozen_ones_their_statistics():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
     bundle = Bundle(model, None, ("3",), (), ("3",))

@@ -120,8 +120,10 @@ def _made_for(config: PreTrainedConfig) -> list[str]:
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
         MODEL_FOR_OBJECT_DETECTION_MAPPING,
+        MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
         MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING,
     )
 
     families = {
@@ -129,10 +131,14 @@ def _made_for(config: PreTrainedConfig) -> list[str]:
         "image-classification": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
         "audio-classification": MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING,
         "object-detection": MODEL_FOR_OBJECT_DETECTION_MAPPING,
+        "image-segmentation": {
+            *MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
+            *MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING,
+        },
         "text generation": MODEL_FOR_CAUSAL_LM_MAPPING,
         "sequence to sequence": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     }
-    return [name for name, mapping in families.items() if type(config) in mapping]
+    return [name for name, configs in families.items() if type(config) in configs]
 
 
 def _config_trouble(source: Source, error: BaseException) -> str:

@@ -12,12 +12,14 @@ _READS_WEIGHTS = ("WavLMAttention",)
 
 
 def base_name(model: Any) -> str:
-    """The child that holds the pretrained backbone: what transformers names, else the largest; "", the model
-    itself, where encoder and decoder are children of their own (T5)."""
+    """The child that holds the pretrained backbone: what transformers names, else `backbone` (UperNet's head may
+    be larger), else the largest; "", the model itself, where encoder and decoder are children of their own
+    (T5)."""
     stated = getattr(model, "base_model_prefix", "")
     children = dict(model.named_children())
-    if stated in children:
-        return stated
+    for name in (stated, "backbone"):
+        if name in children:
+            return name
     if getattr(model.config, "is_encoder_decoder", False) and {"encoder", "decoder"} <= children.keys():
         return ""
     return max(children, key=lambda name: _size(children[name]))

@@ -39,3 +39,35 @@ CLASS_LAYERS = frozenset(
 BOX_LAYERS = frozenset({"bbox_predictor", "bbox_embed", "enc_bbox_head", "enc_out_bbox_embed"})
 
 BACKBONES = ("backbone", "conv_encoder")
+
+PER_PIXEL = {
+    "segformer": "SegformerImageProcessorPil",
+    "upernet": "SegformerImageProcessorPil",
+    "beit": "BeitImageProcessorPil",
+    "data2vec-vision": "BeitImageProcessorPil",
+    "dpt": "DPTImageProcessorPil",
+    "mobilenet_v2": "MobileNetV2ImageProcessorPil",
+    "mobilevit": "MobileViTImageProcessorPil",
+    "mobilevitv2": "MobileViTImageProcessorPil",
+}
+"""Segmenters that give each pixel a class, with their image processors."""
+
+UNIVERSAL = {
+    "maskformer": "MaskFormerImageProcessorPil",
+    "mask2former": "Mask2FormerImageProcessorPil",
+    "eomt": "Mask2FormerImageProcessorPil",
+    "eomt_dinov3": "Mask2FormerImageProcessorPil",
+}
+"""Segmenters that find segments by queries. EoMT's own processor cuts an image in windows or pads it, and each of
+its ways of reading predictions fits only one of the two; Mask2Former's reads the same outputs, and resizes to one
+size."""
+
+ONE_SIZE = frozenset({"beit", "data2vec-vision", "eomt", "eomt_dinov3"})
+"""Their position embeddings are for the `image_size` of their configuration."""
+
+POOL_ALL = frozenset({"upernet", "beit", "data2vec-vision", "mobilenet_v2", "mobilevit", "mobilevitv2"})
+"""Their heads pool a whole image into one value, and normalise it over the batch."""
+
+QUERY_CLASSES = frozenset({"class_predictor"})
+QUERY_MASKS = frozenset({"mask_embedder", "mask_head"})
+"""What makes a class and a mask of a query."""

@@ -19,7 +19,7 @@ _DEFORMABLE = "deformable_detr"
 def forward(model: Any, batch: Mapping[str, Tensor]) -> Any:
     """The model's outputs for a padded batch; with boxes, its loss too, as `losses` makes it a sum."""
     inputs = {name: batch[name] for name in ("pixel_values", "pixel_mask") if name in batch}
-    with _one_dtype(model):
+    with one_dtype(model):
         if "boxes" not in batch:
             return model(**inputs)
         labels = _labels(batch)
@@ -89,7 +89,7 @@ def _sides(batch: Mapping[str, Tensor], index: int) -> Tensor:
     return torch.stack([width, height, width, height])
 
 
-def _one_dtype(model: Any) -> AbstractContextManager[Any]:
+def one_dtype(model: Any) -> AbstractContextManager[Any]:
     """These models mix fp32 into their activations (positions, reference points, denoising queries): where weights
     are bf16, matrix products must cast."""
     weight = next(model.parameters())

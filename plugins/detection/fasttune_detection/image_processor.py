@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import transformers
@@ -16,45 +17,79 @@ from transformers.image_transforms import get_size_with_aspect_ratio
 from fasttune.errors import ConfigError, ModelError
 from fasttune.models.images import PROCESSOR_FILE, SETTINGS, load_image_processor
 from fasttune.task import Source
-from fasttune_detection.families import HEED_PADDING, PROCESSORS
-from fasttune_detection.options import DetectionOptions
 
 _STRIDE = 32  # of the coarsest features that these models read: other sizes are padded inside the model
+_FINE = 8  # pixels; a smaller patch is merged with others later, up to that stride
+_FLIP = "do_flip_channel_order"  # MobileViT was trained on blue, green, red
 
 
-def load_processor(
-    source: Source, config: PreTrainedConfig, options: DetectionOptions
-) -> tuple[Any, tuple[str, ...]]:
-    """The family's processor on Pillow, its size as the options or train's images want it, and notes for the user.
+class Sizes(Protocol):
+    """What options say of sizes: `size` as the user wants it, the others the medians of train's images."""
 
-    Raises ModelError if the checkpoint's own can't be read, or the model is of a family that is not known here.
-    """
-    kind = PROCESSORS.get(config.model_type)
+    @property
+    def size(self) -> tuple[int, int] | None: ...
+    @property
+    def image_size(self) -> tuple[int, int] | None: ...
+    @property
+    def edges(self) -> tuple[int, int] | None: ...
+
+
+def processor_of(source: Source, config: PreTrainedConfig, known: Mapping[str, str]) -> str:
+    """The name of the processor's class, by model type. Raises ModelError for a type that is not known here."""
+    kind = known.get(config.model_type)
     if kind is None:
         raise ModelError(
             f"model {str(source)!r} is of type {config.model_type!r}, which can't be trained: transformers has no "
-            f"loss for it, or fasttune doesn't know how to read it. Known: {', '.join(PROCESSORS)}"
+            f"loss for it, or fasttune doesn't know how to read it. Known: {', '.join(known)}"
         )
-    settings, notes = _settings(source, kind)
-    settings["do_resize"] = True
-    stated = settings["size"]
-    if config.model_type in HEED_PADDING:
+    return kind
+
+
+def load_processor(
+    source: Source,
+    config: PreTrainedConfig,
+    kind: str,
+    options: Sizes,
+    *,
+    heeds_padding: bool = False,
+    fixed: tuple[int, int] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> tuple[Any, tuple[str, ...]]:
+    """The processor on Pillow, its size as the options or train's images want it, and notes for the user.
+
+    kind: its class. heeds_padding: images keep their shape. fixed: (height, width), the one size that the model
+    can take. settings: what else the processor is to be told, where its class knows of it.
+    Raises ModelError if the checkpoint's own can't be read, ConfigError for a size that the model can't take.
+    """
+    found, notes = _settings(source, kind)
+    found["do_resize"] = True
+    found["do_pad"] = heeds_padding
+    found |= {name: value for name, value in (settings or {}).items() if name in found}
+    stated = found["size"]
+    if fixed is not None:
+        stated, why = dict(zip(("height", "width"), fixed, strict=True)), "the one that the model takes"
+        if options.size not in (None, fixed):
+            raise ConfigError(
+                f"options.size: {[*options.size]}: this model takes one size, {[*fixed]} (height, width)"  # type: ignore[misc]
+            )
+        size = stated
+    elif heeds_padding:
         size, why = _edges(stated, options)
-        now = "shortest edge {shortest_edge}, longest at most {longest_edge}".format(**size)
-        settings["do_pad"] = True
     else:
-        size, why = _sides(stated, options, _multiple(config))
+        size, why = _sides(stated, options, multiple_of(config))
+    if heeds_padding:
+        now = "shortest edge {shortest_edge}, longest at most {longest_edge}".format(**size)
+    else:
         now = "{height} x {width} (height x width), whatever their shape".format(**size)
-        settings["do_pad"] = False
-    settings.pop("pad_size", None)
+    found.pop("pad_size", None)
     cost = _pixels(stated, options) / _pixels(size, options)
     saved = ""
     if cost > 1.05 and not why.startswith("the checkpoint"):
         saved = f"; the checkpoint's own size would cost {cost:.1f} times the pixels"
     elif cost < 0.95:
         saved = f"; that costs {1 / cost:.1f} times the pixels of the checkpoint's own size"
-    settings["size"] = size
-    return getattr(transformers, kind).from_dict(settings), (*notes, f"images: {now}: {why}{saved}")
+    found["size"] = size
+    return getattr(transformers, kind).from_dict(found), (*notes, f"images: {now}: {why}{saved}")
 
 
 def _settings(source: Source, kind: str) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -69,10 +104,11 @@ def _settings(source: Source, kind: str) -> tuple[dict[str, Any], tuple[str, ...
     size = own.get("size") or default["size"]
     if isinstance(size, int):
         size = {"shortest_edge": size, "longest_edge": own.get("max_size") or size * 1333 // 800}
-    return default | {name: own[name] for name in SETTINGS & own.keys()} | {"size": dict(size)}, ()
+    known = SETTINGS | (default.keys() & {_FLIP})
+    return default | {name: own[name] for name in known & own.keys()} | {"size": dict(size)}, ()
 
 
-def _edges(stated: dict[str, Any], options: DetectionOptions) -> tuple[dict[str, int], str]:
+def _edges(stated: dict[str, Any], options: Sizes) -> tuple[dict[str, int], str]:
     """{"shortest_edge", "longest_edge"}, and where they come from."""
     if options.size is not None:
         return dict(zip(("shortest_edge", "longest_edge"), sorted(options.size), strict=True)), "options.size"
@@ -87,7 +123,7 @@ def _edges(stated: dict[str, Any], options: DetectionOptions) -> tuple[dict[str,
     return {"shortest_edge": least, "longest_edge": max(least, min(longest, options.edges[1]))}, "train's median"
 
 
-def _sides(stated: dict[str, Any], options: DetectionOptions, multiple: int) -> tuple[dict[str, int], str]:
+def _sides(stated: dict[str, Any], options: Sizes, multiple: int) -> tuple[dict[str, int], str]:
     """{"height", "width"}, and where they come from."""
     if options.size is not None:
         height, width = options.size
@@ -113,17 +149,18 @@ def _sides(stated: dict[str, Any], options: DetectionOptions, multiple: int) -> 
     return {"height": sides[0], "width": sides[1]}, why
 
 
-def _multiple(config: PreTrainedConfig) -> int:
+def multiple_of(config: PreTrainedConfig) -> int:
     """What height and width must be multiples of."""
     backbone: Any = getattr(config, "backbone_config", None) or config
-    patch: Any = getattr(backbone, "patch_size", None)
-    if patch is None:
+    patch: Any = getattr(backbone, "patch_size", None) or 1
+    patch = max(patch) if isinstance(patch, (list, tuple)) else patch
+    if patch < _FINE:
         return _STRIDE
     windows: Any = getattr(backbone, "num_windows_side", None) or getattr(backbone, "num_windows", 1)
-    return int(windows * (max(patch) if isinstance(patch, (list, tuple)) else patch))
+    return int(windows * patch)
 
 
-def _pixels(size: dict[str, Any], options: DetectionOptions) -> float:
+def _pixels(size: dict[str, Any], options: Sizes) -> float:
     """Of a resized image of train's median size."""
     if "height" in size:
         return float(size["height"] * size["width"])
@@ -140,12 +177,14 @@ def _factor(size: dict[str, Any], shortest: int, longest: int, most: float = 1.0
 class Pixels:
     """Makes what a processor makes of an image: resized, normalised.
 
-    table: float32 [3, 256], the normalised value of each of the 256 that a channel can have.
+    table: float32 [3, 256], the normalised value of each of the 256 that a channel can have. channels: of the
+    image, red, green and blue, in the order that the model wants.
     """
 
     size: dict[str, int]
     resample: Any
     table: np.ndarray
+    channels: tuple[int, int, int] = (0, 1, 2)
 
     @classmethod
     def of(cls, processor: Any) -> Pixels:
@@ -153,9 +192,10 @@ class Pixels:
         values = np.broadcast_to(np.arange(256, dtype=np.uint8)[None, :, None], (3, 256, 1))
         if settings["do_rescale"]:
             values = processor.rescale(values, settings["rescale_factor"])
-        if settings["do_normalize"]:
+        if settings.get("do_normalize"):  # MobileViT's has no such setting
             values = processor.normalize(values, settings["image_mean"], settings["image_std"])
-        return cls(dict(settings["size"]), settings["resample"], values[..., 0].astype(np.float32))
+        order = (2, 1, 0) if settings.get(_FLIP) else (0, 1, 2)
+        return cls(dict(settings["size"]), settings["resample"], values[..., 0].astype(np.float32), order)
 
     def target(self, size: tuple[int, int]) -> tuple[int, int]:
         """(width, height) that an image of this (width, height) is resized to."""
@@ -171,6 +211,6 @@ class Pixels:
         """float32 [3, height, width] of an image in RGB."""
         values = np.asarray(image.resize(self.target(image.size), resample=self.resample))
         out = np.empty((3, *values.shape[:2]), dtype=np.float32)
-        for channel in range(3):
-            np.take(self.table[channel], values[..., channel], out=out[channel], mode="clip")
+        for place, channel in enumerate(self.channels):
+            np.take(self.table[place], values[..., channel], out=out[place], mode="clip")
         return out

@@ -25,7 +25,9 @@ from torch import Tensor
 from fasttune.errors import ModelError
 from fasttune_detection.families import LOSSES_BY_IMAGE, SIGMOID_LOSSES, SOFTMAX_LOSS
 
-_COCO_BOXES_PER_IMAGE = 7.3  # train2017: 860,001 boxes in 118,287 images
+COCO_BOXES_PER_IMAGE = 7.3
+"""train2017: 860,001 boxes in 118,287 images."""
+
 _PARTS = ("loss_ce", "loss_vfl", "loss_mal", "loss_bbox", "loss_giou")
 
 
@@ -39,7 +41,7 @@ def sum_losses(model: Any, boxes_per_image: float | None) -> None:
     name = getattr(original, "__name__", type(original).__name__)
     if name not in {SOFTMAX_LOSS, *SIGMOID_LOSSES, *LOSSES_BY_IMAGE}:
         raise ModelError(f"{type(model).__name__} can't be trained: transformers has no detection loss for it")
-    model.loss_function = _Summed(model, original, name, boxes_per_image or _COCO_BOXES_PER_IMAGE)
+    model.loss_function = _Summed(model, original, name, boxes_per_image or COCO_BOXES_PER_IMAGE)
 
 
 class _Summed:
@@ -87,14 +89,20 @@ class _Summed:
         total = loss * divisor
         if self.name == SOFTMAX_LOSS:
             images, queries = logits.shape[:2]
-            eos, matched = config.eos_coefficient, sum(min(count, queries) for count in boxes)
-            weights = matched + eos * (images * queries - matched)
-            weights /= (1 - eos) + eos * queries / self.boxes_per_image
+            matched = sum(min(count, queries) for count in boxes)
+            weights = class_factor(images, queries, matched, config.eos_coefficient, self.boxes_per_image)
             classes = [name for name in terms if name.startswith("loss_ce")]  # of each layer, with weight 1
             total = total + sum(terms[name] for name in classes) * (weights - divisor)
             factors |= dict.fromkeys(classes, weights)
         parts = {name: terms[name].detach() * factors[name] for name in _PARTS if name in terms}
         return total, parts, auxiliary
+
+
+def class_factor(images: int, queries: int, matched: int, eos: float, per_image: float) -> float:
+    """What makes a sum of a mean that was divided by the weights of its queries, 1 if matched and else eos:
+    divided by the number of objects it is that mean again, where images have `per_image` objects."""
+    weights = matched + eos * (images * queries - matched)
+    return weights / ((1 - eos) + eos * queries / per_image)
 
 
 def _to_fp32(value: Any) -> Any:

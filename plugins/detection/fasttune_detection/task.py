@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fasttune.errors import DataError
 from fasttune.layouts import Opened, Place
 from fasttune.task import Bundle, Column, Loss, Meter, Metric, Sample, Source, Task
+from fasttune_detection.counted import found_in, size_name
 from fasttune_detection.options import DetectionOptions
 
 if TYPE_CHECKING:
@@ -44,25 +44,12 @@ class ObjectDetection(Task):
 
     def count(self, row: Mapping[str, Any]) -> Iterable[str]:
         """The image's size: no class is named " 640x480", since names of classes have no blanks around them."""
-        width, height = row["image"]
-        return (f" {width}x{height}",)
+        return (size_name(row["image"]),)
 
     def resolve(self, counts: Mapping[str, int]) -> DetectionOptions:
         """The options with the median size of train's images, and how many boxes they have on average. Raises
         DataError if they have none."""
-        sizes = Counter({_size_of(name): count for name, count in counts.items() if name.startswith(" ")})
-        boxes = sum(count for name, count in counts.items() if not name.startswith(" "))
-        images = sizes.total()
-        if images and not boxes:
-            raise DataError(None, f"none of the {images:,} images to train on has a box: nothing is to be learned")
-        found: dict[str, Any] = {}
-        if images and self.options.image_size is None:
-            found["image_size"] = tuple(_median(sizes, lambda size, i=i: size[i]) for i in (0, 1))
-        if images and self.options.edges is None:
-            found["edges"] = (_median(sizes, min), _median(sizes, max))
-        if images and boxes and self.options.boxes_per_image is None:
-            found["boxes_per_image"] = boxes / images
-        return self.options.model_copy(update=found)
+        return self.options.model_copy(update=found_in(counts, self.options, "box", "boxes_per_image"))
 
     def build(self, source: Source, labels: list[str]) -> Bundle:
         """Raises ModelError if the folder holds no detector that can be trained here, or one that needs a package
@@ -156,21 +143,3 @@ class ObjectDetection(Task):
 
     def _threshold(self, batch: Mapping[str, Any]) -> float:
         return 0.0 if CLASSES in batch else self.options.threshold
-
-
-def _size_of(name: str) -> tuple[int, int]:
-    width, _, height = name.strip().partition("x")
-    return int(width), int(height)
-
-
-def _median(sizes: Counter[tuple[int, int]], edge: Any) -> int:
-    """The lower median of an edge over all images."""
-    edges: Counter[int] = Counter()
-    for size, count in sizes.items():
-        edges[edge(size)] += count
-    seen, half = 0, (edges.total() + 1) // 2
-    for length in sorted(edges):
-        seen += edges[length]
-        if seen >= half:
-            return length
-    raise ValueError("no images")

@@ -11,9 +11,9 @@ from PIL import Image
 
 from fasttune.errors import ConfigError, ModelError
 from fasttune.task import Source
-from fasttune_detection.build import _check_packages
 from fasttune_detection.image_processor import Pixels
 from fasttune_detection.options import DetectionOptions
+from fasttune_detection.parts import check_packages
 from fasttune_detection.task import ObjectDetection
 
 KINDS = ["detr", "conditional", "deformable", "two_stage", "dab", "table", "yolos", "rt_detr", "rt_detr_v2"]
@@ -121,9 +121,9 @@ def test_a_timm_backbone_is_asked_for_before_anything_is_read(make_model, tmp_pa
 
 
 def test_a_missing_scipy_is_named(monkeypatch):
-    monkeypatch.setattr("fasttune_detection.build.is_scipy_available", lambda: False)
+    monkeypatch.setattr("fasttune_detection.parts.is_scipy_available", lambda: False)
     with pytest.raises(ModelError, match="install scipy"):
-        _check_packages(Source("model"), hf.RTDetrConfig())
+        check_packages(Source("model"), hf.RTDetrConfig(), "boxes")
 
 
 def test_a_type_without_a_loss_is_refused(tmp_path):
