@@ -164,20 +164,22 @@ def _train_batch_norms(model: nn.Module) -> tuple[str, ...]:
     transformers freezes those of a backbone, and draws the other scales of the RT-DETR family around 0 with a
     deviation of 0.01, so that nearly nothing of an image gets through.
     """
-    frozen = 0
+    thawed = 0
     for parent in list(model.modules()):
         child: Any
         for name, child in list(parent.named_children()):
             if type(child).__name__.endswith(_FROZEN):
-                setattr(parent, name, nn.BatchNorm2d(len(child.weight)))
-                frozen += 1
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_parameters()
+                norm = nn.BatchNorm2d(len(child.weight))
+                norm.num_batches_tracked = None  # those that will open its file know no such tensor
+                setattr(parent, name, norm)
+                thawed += 1
+            elif isinstance(child, nn.BatchNorm2d):
+                child.reset_parameters()
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     if not norms:
         return ()
-    thawed = f", {frozen} of which transformers would freeze" if frozen else ""
-    return (f"{len(norms)} batch norms are trained{thawed}; their scales start at 1",)
+    which = f", {thawed} of which transformers would freeze" if thawed else ""
+    return (f"{norms} batch norms are trained{which}; their scales start at 1",)
 
 
 def _check_weights(source: Source, loaded: Loaded, blocks: tuple[str, ...], head: tuple[str, ...]) -> None:

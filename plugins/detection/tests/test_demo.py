@@ -6,15 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 from sklearn.datasets import load_digits
 
 import fasttune_detection
 from fasttune.cli import main
+from fasttune.task import Source
 from fasttune.testing import check_demo_model
 from fasttune_detection import demo
 from fasttune_detection.demo import digits
+from fasttune_detection.options import DetectionOptions
+from fasttune_detection.task import ObjectDetection
 
 MODEL = Path(fasttune_detection.__file__).parent / "demo" / "model"
 COMPARED = ["before", "from scratch", "head", "lora", "full"]
@@ -73,6 +77,24 @@ def test_the_model_is_small_and_says_how_it_was_made():
     assert json.loads((MODEL / "config.json").read_text())["model_type"] == "rt_detr"
 
 
+def test_the_model_finds_digits_that_it_never_saw():
+    """By the classes that it was pretrained with; the demo's are named otherwise, and begin with new layers."""
+    task = ObjectDetection(DetectionOptions(threshold=0.0))
+    bundle = task.build(Source(MODEL), [f"digit {i}" for i in range(10)])
+    assert "head kept: 10 classes" in bundle.notes[0]
+    meter = task.meter()
+    for row in digits.rows("valid", 24, 0):
+        row["objects"]["labels"] = [f"digit {label}" for label in row["objects"]["labels"]]
+        sample = task.encode({"image": row["image"]}, bundle, train=False)
+        batch = {name: torch.from_numpy(tensor)[None] for name, tensor in sample.tensors.items()}
+        with torch.no_grad():
+            (prediction,) = task.decode(bundle.model, batch, bundle)
+        meter.update(prediction, row)
+    assert meter.result()["mAP"] > 0.5
+    notes = task.build(Source(MODEL), [str(i) for i in range(10)]).notes
+    assert any("class layers replaced" in note and "box layers kept" in note for note in notes)
+
+
 def test_the_demo_compares_and_draws(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "TRAIN", 12)
     monkeypatch.setattr(demo, "VALID", 6)
@@ -81,6 +103,7 @@ def test_the_demo_compares_and_draws(monkeypatch, tmp_path):
     assert result.exit_code == 0, result.output
     shown = {line[:18].strip(): line.split() for line in result.output.splitlines()[4:9]}
     assert list(shown) == COMPARED
+    assert float(shown["before"][-2]) < 0.1, "its classes are new"
     picture = Image.open(tmp_path / "demo.png")
     assert np.asarray(picture).std() > 20, "not blank"
     assert f"picture: {tmp_path / 'demo.png'}" in result.output

@@ -4,7 +4,7 @@ Pictures are sheets of paper with digits of scikit-learn's set on them (fasttune
 detector learns where they are and which. Its classes bear other names than the demo's, which therefore begins with
 new class layers, as with any detector whose classes are not the user's.
 
-    python plugins/detection/tools/pretrain_detector.py --out model --steps 9000 --threads 1 --seed 0
+    python plugins/detection/tools/pretrain_detector.py --out model --steps 5000 --threads 1 --seed 0
 """
 
 import sys
@@ -41,7 +41,7 @@ Handwritten Digits, UCI, 1998) are not contained here."""
 
 
 def main() -> None:
-    found = parser(__doc__ or "", steps=9_000)
+    found = parser(__doc__ or "", steps=5_000)
     found.add_argument("--pictures", type=int, default=PICTURES, help=f"default: {PICTURES}")
     options = found.parse_args()
     config = RTDetrConfig(
@@ -80,7 +80,7 @@ def main() -> None:
             model=Path(folder),
             auto=AutoModelForObjectDetection,
             rows=pictures,
-            settings={"weights": "random", "options": {"augment": AUGMENT}, "eval": {"every": 2000}},
+            settings={"weights": "random", "options": {"augment": AUGMENT}, "eval": {"every": 2500}},
             train={"batch": 16, "lr": 1e-3, "schedule": {"kind": "cosine", "warmup": 300}},
             processor=("preprocessor_config.json",),
             metrics=("loss", "mAP", "mAP50", "mAP75"),
