@@ -15,7 +15,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "from scratch": {"epochs": 8, "batch": 16, "lr": 1e-3, "head_lr": 1e-3},
     "head": {"epochs": 5, "batch": 16},
     "lora": {"epochs": 5, "batch": 16},
-    "full": {"epochs": 6, "batch": 16, "lr": 1e-3},
+    "full": {"epochs": 6, "batch": 16},
 }
 
 
