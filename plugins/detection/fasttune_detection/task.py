@@ -153,7 +153,7 @@ class ObjectDetection(Task):
 
     @classmethod
     def demo(cls) -> Demo:
-        """Handwritten digits on sheets of paper, and a small RT-DETR that was pretrained on the writing of others.
+        """Handwritten digits on sheets of paper, and a small RT-DETR that was pretrained on other digits.
         Raises RuntimeError without scikit-learn, which carries the digits."""
         from fasttune_detection.demo import make
 

@@ -22,7 +22,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def make() -> Demo:
     """Raises RuntimeError without scikit-learn."""
     return Demo(
-        title="Where are the digits on this sheet of paper, and which? Handwriting of people it has not seen.",
+        title="Where are the digits on this sheet of paper, and which? In handwriting that it has not seen.",
         model=str(Path(__file__).parent / "model"),
         train=rows("train", TRAIN, SEED),
         valid=rows("valid", VALID, SEED),

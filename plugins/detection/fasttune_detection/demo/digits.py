@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 SIDES = {"pretraining": slice(0, 776), "train": slice(776, 1415), "valid": slice(1415, None)}
 """Rows of the set. It is in the order in which it was written: each form begins with 0 to 9, three times over, and
-these borders are where a form begins. So no form, and with it hardly a writer, is on two sides."""
+these borders are where a form begins. So no form is on two sides; 13 people filled in these 14."""
 
 SIZE = (128, 96)  # of a picture: width, height
 MOST = 6  # digits in it
