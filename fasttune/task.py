@@ -11,7 +11,7 @@ A task says what a row means, what the loss is, and what a prediction looks like
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -162,9 +162,11 @@ class Demo:
 
     title: one line that says what is learned from what.
     model: directory of the embedded pretrained model.
-    train, valid: rows by role.
+    train, valid: rows by role; an image is a PIL.Image.
     variants: (name, run-file settings as a nested mapping), in the order they are shown.
     baselines: the primary metric of trivial answers, such as the majority class, by name.
+    before: whether the model of the last variant is measured before it is trained, too, its new head included.
+    picture: makes one picture of those that `Task.draw` makes of the first rows of valid, by the best variant.
     """
 
     title: str
@@ -173,6 +175,8 @@ class Demo:
     valid: list[dict[str, Any]]
     variants: tuple[tuple[str, Mapping[str, Any]], ...]
     baselines: Mapping[str, float] = field(default_factory=dict)
+    before: bool = False
+    picture: Callable[[Sequence[Image.Image]], Image.Image] | None = None
 
 
 def every_strategy(

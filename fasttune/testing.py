@@ -28,6 +28,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fasttune.adapt import Adapted, LoRALinear, adapt, merge_lora
@@ -41,9 +42,10 @@ from fasttune.readers import MixedRows, Table
 from fasttune.rows import Rows, open_rows
 from fasttune.task import Bundle, Sample, Source, Task, overrides, primary_metric
 
-__all__ = ["Full", "Head", "Lora", "TaskConformance", "collate"]
+__all__ = ["Full", "Head", "Lora", "TaskConformance", "check_demo_model", "collate"]
 
 _SEED = 7
+_DEMO_BYTES = 6_000_000
 _RELATIVE = 2e-4  # of the largest value: fp32 sums over another padding are taken in another order
 _NOTHING = 1e-6  # in a gradient of the mean: that of a key's bias is 0, and what is left of rounding adds up
 
@@ -354,6 +356,17 @@ class TaskConformance:
         assert float(loss.count) == pytest.approx(float(plain.count))
         if predictions is not None:
             assert self._agree(predictions, self._decode(subject, bundle, encoded, list(range(len(encoded)))))
+
+
+def check_demo_model(folder: Path, script: str) -> None:
+    """What the model that a demo brings is held to: 6 MB in all, weights in bfloat16, and a card that names the
+    script of the plugin which made it."""
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    assert size <= _DEMO_BYTES, f"{folder}: {size:,} bytes, more than {_DEMO_BYTES:,}"
+    weights = load_file(folder / "model.safetensors").values()
+    types = {tensor.dtype for tensor in weights if tensor.is_floating_point()}
+    assert types == {torch.bfloat16}, f"{folder}: weights are {sorted(map(str, types))}, not all bfloat16"
+    assert script in (folder / "README.md").read_text(encoding="utf-8"), f"{folder}: its card names no {script}"
 
 
 def _as_list(samples: Sample | list[Sample]) -> list[Sample]:

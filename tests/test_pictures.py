@@ -1,4 +1,5 @@
-"""What tasks draw: `check` shows their samples on a sheet, `predict --draw` a picture a row. On a toy task."""
+"""What tasks draw: `check` shows their samples on a sheet, `predict --draw` a picture a row, `demo` what its best
+model sees. On a toy task."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 TASK = '''
@@ -19,15 +21,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fasttune.task import Bundle, Column, Loss, Metric, Sample, Task
+from fasttune.task import Bundle, Column, Demo, Loss, Metric, Sample, Task
 
 
 class Meter:
+    def __init__(self):
+        self.answers = []
+
     def update(self, prediction, reference):
-        pass
+        self.answers.append(prediction)
 
     def result(self):
-        return {"answers": 1.0}
+        return {"answers": sum(self.answers) / len(self.answers)}
 
 
 class Brightness(Task):
@@ -62,6 +67,14 @@ DRAWING = """
     def draw(self, row, prediction, bundle):
         assert set(row) == {"image"} and isinstance(prediction, float), (row, prediction)
         return row["image"].transpose(Image.Transpose.ROTATE_90)
+
+    @classmethod
+    def demo(cls):
+        rows = [{"image": Image.new("RGB", (9, 6), (n, n, n)), "bright": n / 20} for n in range(20)]
+        train = {"epochs": 1, "batch": 4, "precision": "fp32"}
+        low, high = ({"strategy": {"kind": "full"}, "train": {**train, "lr": lr}} for lr in (1e-9, 0.1))
+        return Demo("Bright?", "model", rows[:10], rows[10:], (("low", low), ("a high one", high)), before=True,
+                    picture=lambda pictures: Image.fromarray(np.concatenate([np.asarray(p) for p in pictures])))
 """
 MODEL = """
 from pathlib import Path
@@ -232,3 +245,37 @@ def test_predict_of_a_task_without_pictures(toy: Path, invoke: Any) -> None:
     assert result.exit_code == 2
     assert "toy-silent draws no pictures" in result.stderr
     assert not (toy / "drawn").exists()
+
+
+@pytest.mark.parametrize("output", [None, "kept"])
+def test_a_demo_draws_the_first_rows_and_measures_what_it_starts_from(
+    toy: Path, invoke: Any, output: str | None
+) -> None:
+    from toy_model import Toy
+
+    result = invoke("demo", "toy-pictures", *(["--output", output] if output else []))
+    assert result.exit_code == 0, (result.output, result.exc_info)
+    lines = result.output.splitlines()
+    shown = {line[:18].strip(): float(line.split()[-2]) for line in lines[4:7]}
+    assert list(shown) == ["before", "low", "a high one"]
+    greys = torch.arange(10, 20).repeat(3, 1).T[:, :, None, None] / 255
+    with torch.no_grad():
+        mean = Toy.from_pretrained(toy / "model")(greys).mean()
+    assert shown["before"] == pytest.approx(float(mean), abs=6e-4), "shown to three digits"
+    assert shown["low"] == shown["before"]
+    best = "a high one" if shown["a high one"] > shown["low"] else "low"
+    where = "kept/demo.png" if output else "runs/demo-toy-pictures.png"
+    assert f"picture: {where}: the first rows held out, as {best} sees them" in result.output
+    picture = pixels(toy / where)
+    assert picture.shape == (8 * SIZE[0], SIZE[1], 3)
+    assert picture[:: SIZE[0], 0, 0].tolist() == list(range(10, 18))
+    if output:
+        line = json.loads((toy / "kept/valid.jsonl").read_text().splitlines()[2])
+        assert line == {"image": "valid/000003.png", "bright": 0.6}
+        assert (pixels(toy / "kept" / line["image"]) == 12).all()
+        assert sorted(path.name for path in (toy / "kept").iterdir() if path.is_dir()) == [
+            "a-high-one",
+            "low",
+            "train",
+            "valid",
+        ]

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 import fasttune
+from fasttune.demo import write_rows
 from fasttune.docstrings import Docstring, docstrings, files, roots
 from fasttune.memory import keep_pages
 
@@ -33,21 +34,19 @@ CARD = """\
 ---
 license: apache-2.0
 library_name: transformers
-language: en
+{tag}
 ---
 
 # {title}
 
 {what} {parameters:,} parameters.
-It serves fasttune's demo where no hub is reachable, and knows little beyond the documentation of Python packages.
+It serves fasttune's demo where no hub is reachable, and knows little beyond {domain}.
 
 ## How it was made
 
     {command}
 
-- Data: {docstrings:,} docstrings of the standard library and {packages} installed packages ({characters:,}
-  characters, exact repeats dropped), without those whose first paragraph is on the demos' held-out side
-  ({held_out:,} of them). Text and vocabulary change with the installed versions. Nothing was downloaded.
+- Data: {data}
 - Objective: {objective}
 - Training, by fasttune: {steps:,} steps of {batch} out of {rows:,} rows in {minutes} minutes on {threads} CPU
   thread(s), bfloat16 with float32 master weights, AdamW, peak learning rate {lr}.
@@ -55,24 +54,37 @@ It serves fasttune's demo where no hub is reachable, and knows little beyond the
 
 ## Licence
 
-The weights are released under Apache-2.0. The training text is documentation of open-source packages (Apache-2.0,
-BSD, MIT, PSF and similar licences); none of it is contained here.
+The weights are released under Apache-2.0. {licence}
 """
+DATA = """\
+{docstrings:,} docstrings of the standard library and {packages} installed packages ({characters:,}
+  characters, exact repeats dropped), without those whose first paragraph is on the demos' held-out side
+  ({held_out:,} of them). Text and vocabulary change with the installed versions. Nothing was downloaded."""
+LICENCE = """\
+The training text is documentation of open-source packages (Apache-2.0,
+BSD, MIT, PSF and similar licences); none of it is contained here."""
+
+
+def parser(description: str, steps: int) -> argparse.ArgumentParser:
+    """With the options that every script has; `pretrain` writes them into the card."""
+    found = argparse.ArgumentParser(description=description)
+    found.add_argument("--out", type=Path, required=True, help="model folder to write")
+    found.add_argument("--steps", type=int, default=steps, help=f"default: {steps}")
+    found.add_argument("--threads", type=int, default=1)
+    found.add_argument("--seed", type=int, default=0)
+    return found
 
 
 def arguments(description: str, steps: int) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--out", type=Path, required=True, help="model folder to write")
-    parser.add_argument("--steps", type=int, default=steps, help=f"default: {steps}")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--texts", type=int, default=0, help="read so many docstrings at most; for a quick try")
-    return parser.parse_args()
+    """Of a script that reads docstrings."""
+    found = parser(description, steps)
+    found.add_argument("--texts", type=int, default=0, help="read so many docstrings at most; for a quick try")
+    return found.parse_args()
 
 
-def read_docstrings(seed: int, most: int = 0) -> tuple[list[Docstring], dict[str, int]]:
-    """Every docstring of what is installed once, in an order drawn by the seed, but those held out; and counts of
-    them for the card."""
+def read_docstrings(seed: int, most: int = 0) -> tuple[list[Docstring], dict[str, str]]:
+    """Every docstring of what is installed once, in an order drawn by the seed, but those held out; and what the
+    card says of them."""
     found: dict[str, Docstring] = {}
     packages, held_out = set(), 0
     for name, root in roots(everything=True).items():
@@ -88,7 +100,9 @@ def read_docstrings(seed: int, most: int = 0) -> tuple[list[Docstring], dict[str
     texts = texts[: most or None]
     characters = sum(len(docstring.text) for docstring in texts)
     counts = {"docstrings": len(texts), "packages": len(packages - {"python"}), "characters": characters}
-    return texts, {**counts, "held_out": held_out}
+    data = DATA.format(**counts, held_out=held_out)
+    domain = "the documentation of Python packages"
+    return texts, {"tag": "language: en", "domain": domain, "data": data, "licence": LICENCE}
 
 
 def train_tokenizer(texts: Iterable[str], size: int, special: Sequence[str], *, flat: bool) -> Tokenizer:
@@ -111,9 +125,19 @@ def train_tokenizer(texts: Iterable[str], size: int, special: Sequence[str], *, 
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path, **names: Any) -> None:
+def save_start(
+    folder: Path, config: PreTrainedConfig, tokenizer: Tokenizer, ids: Mapping[str, int], **names: Any
+) -> None:
+    """What `pretrain` starts from where weights are random and text is written: configuration, tokenizer.
+
+    ids: of the tokens that generation needs. names: of the special tokens, for the tokenizer.
+    """
+    config.save_pretrained(folder)
+    GenerationConfig(**ids).save_pretrained(folder)
     inputs = ["input_ids", "attention_mask"]
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=inputs, **names).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_input_names=inputs, model_max_length=512, **names
+    ).save_pretrained(folder)
 
 
 def pretrain(
@@ -126,11 +150,14 @@ def pretrain(
     settings: Mapping[str, Any],
     train: Mapping[str, Any],
     card: Mapping[str, Any],
+    processor: Sequence[str] = ("tokenizer.json", "tokenizer_config.json"),
+    metrics: Sequence[str] = (),
 ) -> None:
-    """Trains every weight on the rows and writes the model's folder: weights in bfloat16, tokenizer, card.
+    """Trains every weight on the rows and writes the model's folder: weights in bfloat16, processor, card.
 
-    model: folder of the tokenizer and a configuration, or of a model to go on with. auto: the class that opens it.
-    settings: further keys of `fasttune.finetune`. card: title, what, objective and the counts of the docstrings.
+    model: folder of the processor and a configuration, or of a model to go on with. auto: the class that opens it.
+    settings: further keys of `fasttune.finetune`. card: what CARD names and is not known here. processor: its
+    files. metrics: those that the card tells; all numbers if there is none.
     """
     keep_pages()
     torch.set_num_threads(options.threads)
@@ -139,7 +166,7 @@ def pretrain(
         data = {}
         for split, part in {"valid": rows[:VALID], "train": rows[VALID:]}.items():
             path = Path(scratch, f"{split}.jsonl")
-            path.write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+            write_rows(path, part)
             data[split] = str(path)
         report = fasttune.finetune(
             task=task,
@@ -153,10 +180,12 @@ def pretrain(
         best = Path(scratch, "run", "last")
         trained = auto.from_pretrained(best, dtype=torch.bfloat16)
         trained.save_pretrained(options.out)
-        for name in ("tokenizer.json", "tokenizer_config.json"):  # not the run's, which has its length limit
+        for name in processor:  # not the run's, which has its limits of length and size
             shutil.copy(model / name, options.out / name)
-    compact(options.out / "tokenizer.json")
-    shown = {name: value for name, value in report.metrics["valid"].items() if isinstance(value, float)}
+    if "tokenizer.json" in processor:
+        compact(options.out / "tokenizer.json")
+    measured = report.metrics["valid"]
+    shown = {name: measured[name] for name in metrics or measured if isinstance(measured[name], float)}
     values = {
         **card,
         "command": f"python {sys.argv[0]} --out model --steps {options.steps} --threads {options.threads} "

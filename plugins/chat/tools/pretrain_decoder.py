@@ -9,11 +9,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tools"))
 
-from pretraining import Row, arguments, pretrain, read_docstrings, save_tokenizer, train_tokenizer
+from pretraining import Row, arguments, pretrain, read_docstrings, save_start, train_tokenizer
 
 from fasttune.docstrings import Docstring
 
@@ -29,7 +29,7 @@ def row_of(docstring: Docstring) -> Row:
 
 def main() -> None:
     options = arguments(__doc__ or "", steps=5_000)
-    texts, counts = read_docstrings(options.seed, options.texts)
+    texts, source = read_docstrings(options.seed, options.texts)
     rows = [row_of(docstring) for docstring in texts]
     tokenizer = train_tokenizer((row["text"] for row in rows), 5120, SPECIAL, flat=False)
     ids = {"pad_token_id": PAD, "eos_token_id": END}
@@ -44,10 +44,8 @@ def main() -> None:
         tie_word_embeddings=True,
     )
     with tempfile.TemporaryDirectory() as folder:
-        config.save_pretrained(folder)
-        GenerationConfig(**ids).save_pretrained(folder)
         names = {"pad_token": "<pad>", "eos_token": "</s>", "extra_special_tokens": SPECIAL[2:]}
-        save_tokenizer(tokenizer, Path(folder), model_max_length=512, **names)
+        save_start(Path(folder), config, tokenizer, ids, **names)
         pretrain(
             options,
             task="text-generation",
@@ -65,7 +63,7 @@ def main() -> None:
                 "what": "A Llama (4 layers, width 192, 5120 byte-level BPE tokens, tied embeddings) with",
                 "objective": f"the next token of pieces of at most {WINDOW} tokens: a function's signature and "
                 "its docstring. It\n  saw no conversation.",
-                **counts,
+                **source,
             },
         )
 

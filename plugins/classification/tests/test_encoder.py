@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from fasttune.task import Source
+from fasttune.testing import check_demo_model
 from fasttune_classification.demo import docstrings
 from fasttune_classification.text import TextClassification
 
@@ -16,9 +17,7 @@ ENCODER = Path(docstrings.__file__).parent / "encoder"
 
 
 def test_the_encoder_is_small_and_says_how_it_was_made():
-    assert sum(path.stat().st_size for path in ENCODER.iterdir()) <= 6_000_000
-    assert {tensor.dtype for tensor in load_file(ENCODER / "model.safetensors").values()} == {torch.bfloat16}
-    assert "pretrain_encoder.py" in (ENCODER / "README.md").read_text()
+    check_demo_model(ENCODER, "pretrain_encoder.py")
 
 
 def test_the_encoder_knows_more_than_noise():

@@ -115,7 +115,9 @@ def train_batch_norms(model: nn.Module) -> tuple[str, ...]:
         child: Any
         for name, child in list(parent.named_children()):
             if type(child).__name__.endswith(FROZEN_NORM):
-                setattr(parent, name, nn.BatchNorm2d(len(child.weight)))
+                norm = nn.BatchNorm2d(len(child.weight))
+                norm.num_batches_tracked = None  # those that will open its file know no such tensor
+                setattr(parent, name, norm)
                 frozen += 1
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fasttune.layouts import Opened, Place
-from fasttune.task import Bundle, Column, Loss, Meter, Metric, Sample, Source, Task
+from fasttune.task import Bundle, Column, Demo, Loss, Meter, Metric, Sample, Source, Task
 from fasttune_detection.counted import found_in, size_name
 from fasttune_detection.options import DetectionOptions
 
@@ -140,6 +140,14 @@ class ObjectDetection(Task):
         names: Any = bundle.model.config.id2label  # type: ignore[union-attr]
         found = prediction["boxes"], prediction["labels"], prediction["scores"]
         return draw(row["image"], *found, list(names.values()))
+
+    @classmethod
+    def demo(cls) -> Demo:
+        """Handwritten digits on sheets of paper, and a small RT-DETR that was pretrained on other digits.
+        Raises RuntimeError without scikit-learn, which carries the digits."""
+        from fasttune_detection.demo import make
+
+        return make()
 
     def _threshold(self, batch: Mapping[str, Any]) -> float:
         return 0.0 if CLASSES in batch else self.options.threshold

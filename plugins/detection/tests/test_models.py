@@ -98,6 +98,7 @@ def test_frozen_batch_norms_stay_where_they_are_pretrained(make_model, tmp_path)
     assert f"{len(norms)} batch norms are trained, {len(norms)} of which transformers would freeze" in notes_of(
         bundle
     )
+    assert built(folder).model.state_dict().keys() == bundle.model.state_dict().keys(), "the names are the file's"
 
 
 def test_random_batch_norms_let_an_image_through(make_model, tmp_path):

@@ -3,13 +3,12 @@
 import json
 from pathlib import Path
 
-import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
 
 import fasttune_question_answering
 from fasttune.cli import main
 from fasttune.docstrings import Docstring
+from fasttune.testing import check_demo_model
 from fasttune_question_answering import task
 from fasttune_question_answering.demo.parameters import entries, first_type, questions
 
@@ -74,7 +73,5 @@ def test_the_demo_runs_by_every_strategy(monkeypatch, tmp_path):
 
 
 def test_the_model_is_small_and_says_how_it_was_made():
-    assert sum(path.stat().st_size for path in MODEL.iterdir()) <= 6_000_000
-    assert {tensor.dtype for tensor in load_file(MODEL / "model.safetensors").values()} == {torch.bfloat16}
-    assert "pretrain_spans.py" in (MODEL / "README.md").read_text(encoding="utf-8")
+    check_demo_model(MODEL, "pretrain_spans.py")
     assert json.loads((MODEL / "config.json").read_text())["architectures"] == ["ModernBertForQuestionAnswering"]

@@ -81,7 +81,7 @@ def rows_of(text: str, chance: random.Random) -> list[Row]:
 
 def main() -> None:
     options = arguments(__doc__ or "", steps=4_000)
-    texts, counts = read_docstrings(options.seed, options.texts)
+    texts, source = read_docstrings(options.seed, options.texts)
     chance = random.Random(options.seed)
     rows = [row for docstring in texts for row in rows_of(docstring.text[:MOST], chance)]
     chance.shuffle(rows)
@@ -101,7 +101,7 @@ def main() -> None:
             "it is masked\n  (recurring span selection, https://arxiv.org/abs/2101.00438), after masked language "
             "modelling by\n  plugins/classification/tools/pretrain_encoder.py, whose text had the held-out side "
             "in it.",
-            **counts,
+            **source,
         },
     )
 

@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import processors
-from transformers import AutoModelForSeq2SeqLM, GenerationConfig, T5Config
+from transformers import AutoModelForSeq2SeqLM, T5Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tools"))
 
-from pretraining import Row, arguments, pretrain, read_docstrings, save_tokenizer, train_tokenizer
+from pretraining import Row, arguments, pretrain, read_docstrings, save_start, train_tokenizer
 
 from fasttune.docstrings import Docstring
 
@@ -67,7 +67,7 @@ def corrupt(window: list[str], chance: random.Random) -> Row:
 
 def main() -> None:
     options = arguments(__doc__ or "", steps=8_000)
-    texts, counts = read_docstrings(options.seed, options.texts)
+    texts, source = read_docstrings(options.seed, options.texts)
     chance = random.Random(options.seed)
     rows = [row for docstring in texts for row in rows_of(docstring, chance)]
     chance.shuffle(rows)
@@ -87,9 +87,7 @@ def main() -> None:
     )
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     with tempfile.TemporaryDirectory() as folder:
-        config.save_pretrained(folder)
-        GenerationConfig(**ids).save_pretrained(folder)
-        save_tokenizer(tokenizer, Path(folder), model_max_length=512, extra_special_tokens=SENTINELS, **names)
+        save_start(Path(folder), config, tokenizer, ids, extra_special_tokens=SENTINELS, **names)
         pretrain(
             options,
             task="text2text-generation",
@@ -108,7 +106,7 @@ def main() -> None:
                 "objective": "the first paragraph of a docstring from the text behind it; one sentence from those "
                 "around it\n  (PEGASUS); words that sentinels stand for (T5). The prefix `<extra_id_0> ` asks for "
                 "the first paragraph.",
-                **counts,
+                **source,
             },
         )
     trained = T5Config.from_pretrained(options.out)
