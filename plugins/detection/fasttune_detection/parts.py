@@ -119,13 +119,13 @@ def train_batch_norms(model: nn.Module) -> tuple[str, ...]:
                 norm.num_batches_tracked = None  # those that will open its file know no such tensor
                 setattr(parent, name, norm)
                 frozen += 1
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_parameters()
+            elif isinstance(child, nn.BatchNorm2d):
+                child.reset_parameters()
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     if not norms:
         return ()
     thawed = f", {frozen} of which transformers would freeze" if frozen else ""
-    return (f"{len(norms)} batch norms are trained{thawed}; their scales start at 1",)
+    return (f"{norms} batch norms are trained{thawed}; their scales start at 1",)
 
 
 def check_weights(
