@@ -1,10 +1,10 @@
-// Batch normalisation on CPU of [rows, channels], two passes forward and two backward.
+// Batch normalisation on CPU of [rows, channels]: two passes forward, two backward.
 //
 // Few channels are no multiple of a vector, so rows are taken side by side as lines: of 12 channels
-// sixteen rows make a line of 192 columns. A column is a channel in a place of its own, and lane by
-// lane every line adds up like the one before; channels are put together once a block. Blocks are
-// combined in double precision as Chan, Golub and LeVeque do (Updating formulae and a pairwise
-// algorithm for computing sample variances, 1979): nothing cancels, however large the mean.
+// sixteen rows make a line of 192 columns. A column is a channel in a place of its own, lines add up
+// lane by lane, and the places of a channel are put together once a block. Blocks are combined in
+// double precision as Chan, Golub and LeVeque do (Updating formulae and a pairwise algorithm for
+// computing sample variances, 1979).
 //
 // No sum depends on the width of a vector or on the number of threads.
 #include "vector.h"
@@ -24,20 +24,26 @@
 namespace fasttune::cpu {
 namespace {
 
-constexpr int64_t kColumns = 64;          // taken at once
-constexpr int64_t kBlockLines = 512;      // at most: so many numbers are added in fp32
-constexpr int64_t kBlockElements = 65536; // at most, but for very long lines; half a MiB with dy
+constexpr int64_t kColumns = 64;           // taken at once
+constexpr int64_t kPair = 2 * kGroup;      // columns: a multiple of two vectors on every machine
+constexpr int64_t kBlockLines = 512;       // at most: so many numbers are added in fp32
+constexpr int64_t kBlockElements = 65536;  // at most, but for very long lines
 constexpr int64_t kMinLines = 8;
+constexpr int64_t kCenterLines = kBlockLines / 16;
+// Within a block columns are gone through group by group over so many elements, and lines at most:
+// what is read next lies near, and few numbers are added one by one.
+constexpr int64_t kNear = 8192;
+constexpr int64_t kNearLines = 32;
 
 struct Lines {
   int64_t fold;   // rows in a line
-  int64_t width;  // columns of a line: a multiple of kGroup
+  int64_t width;  // columns of a line: a multiple of kPair
   int64_t count;
   int64_t rest;   // rows that make no whole line
   int64_t block;  // lines
 
   Lines(int64_t rows, int64_t channels) {
-    width = std::lcm(channels, channels < kColumns ? kColumns : kGroup);
+    width = std::lcm(channels, channels < kColumns ? kColumns : kPair);
     fold = width / channels;
     count = rows / fold;
     rest = rows % fold;
@@ -53,22 +59,121 @@ struct Call {
   const BatchNormParams& params;
   Lines lines;
   Pass pass;
-  std::vector<float> factors;   // [4, width]: mean, scale, shift, slope, repeated along a line
   std::vector<float> partials;  // [blocks + 1, 2, channels]; the rest's come last
 
   Call(const BatchNormParams& params, Pass pass)
-      : params(params), lines(params.rows, params.channels), pass(pass), factors(4 * lines.width) {
-    const float* const given[] = {params.mean, params.scale, params.shift, params.slope};
-    for (int64_t i = 0; i < 4; ++i) {
-      if (given[i] == nullptr) continue;
-      float* to = factors.data() + i * lines.width;
-      for (int64_t row = 0; row < lines.fold; ++row, to += params.channels) {
-        std::copy_n(given[i], params.channels, to);
-      }
+      : params(params), lines(params.rows, params.channels), pass(pass) {
+    if (reduces()) partials.resize(2 * params.channels * (lines.blocks() + 1));
+  }
+
+  bool reduces() const { return pass == Pass::kStatistics || pass == Pass::kSums; }
+};
+
+// Neighbouring columns in two vectors: of float the first half of them and the second, of bfloat16
+// those of even index and those of odd, which takes half the instructions.
+template <int kWidth, typename T>
+struct Two {
+  using V = Vector<kWidth>;
+  using F = typename V::F;
+  using U = typename V::U;
+  static constexpr int64_t kBoth = 2 * kWidth;
+  static constexpr bool kInterleaved = std::is_same_v<T, c10::BFloat16>;
+
+  F a, b;
+
+  static FASTTUNE_INLINE Two load(const T* from) {
+    if constexpr (kInterleaved) {
+      U both;
+      __builtin_memcpy(&both, from, sizeof both);
+      return {reinterpret_cast<F>(both << 16), reinterpret_cast<F>(both & 0xFFFF0000u)};
+    } else {
+      return {V::load(from), V::load(from + kWidth)};
     }
-    if (pass == Pass::kStatistics || pass == Pass::kSums) {
-      partials.resize(2 * params.channels * (lines.blocks() + 1));
+  }
+
+  FASTTUNE_INLINE void store(T* to) const {
+    if constexpr (kInterleaved) {
+      const U both = (rounded(a) >> 16) | (rounded(b) & 0xFFFF0000u);
+      __builtin_memcpy(static_cast<void*>(to), &both, sizeof both);
+    } else {
+      V::store(to, a);
+      V::store(to + kWidth, b);
     }
+  }
+
+  // As Vector::bits16, in the upper half.
+  static FASTTUNE_INLINE U rounded(F v) {
+    const U raw = reinterpret_cast<U>(v);
+    const U up = raw + 0x7FFFu + ((raw >> 16) & 1u);
+    return v == v ? up : U{} + 0x7FC00000u;
+  }
+
+  // Where in a buffer of vectors a column stands.
+  static FASTTUNE_INLINE int64_t place(int64_t column) {
+    if constexpr (!kInterleaved) return column;
+    const int64_t within = column % kBoth;
+    return column - within + within % 2 * kWidth + within / 2;
+  }
+};
+
+// [channels], or repeated along a line and in the order of `place`.
+struct Factors {
+  const float *mean, *scale, *shift, *slope;
+};
+
+// What the passes compute of x, dy and the factors at j; N: a vector or a float.
+template <typename N>
+FASTTUNE_INLINE N load(const float* from) {
+  N value;
+  __builtin_memcpy(&value, from, sizeof value);
+  return value;
+}
+
+struct Apply {
+  static constexpr bool kTakesX = true, kTakesDy = false;
+  template <typename N>
+  static FASTTUNE_INLINE N of(N x, N, const Factors& f, int64_t j) {
+    return (x - load<N>(f.mean + j)) * load<N>(f.scale + j) + load<N>(f.shift + j);
+  }
+};
+
+struct Gradient {
+  static constexpr bool kTakesX = true, kTakesDy = true;
+  template <typename N>
+  static FASTTUNE_INLINE N of(N x, N dy, const Factors& f, int64_t j) {
+    const N along = (x - load<N>(f.mean + j)) * load<N>(f.slope + j);
+    return (dy - load<N>(f.shift + j) - along) * load<N>(f.scale + j);
+  }
+};
+
+struct Scale {
+  static constexpr bool kTakesX = false, kTakesDy = true;
+  template <typename N>
+  static FASTTUNE_INLINE N of(N, N dy, const Factors& f, int64_t j) {
+    return dy * load<N>(f.scale + j);
+  }
+};
+
+// The two numbers that a value adds.
+template <typename N>
+struct Terms {
+  N first, second;
+};
+
+struct Deviations {
+  static constexpr bool kTakesDy = false;
+  template <typename N>
+  static FASTTUNE_INLINE Terms<N> of(N x, N, N center) {
+    const N off = x - center;
+    return {off, off * off};
+  }
+};
+
+struct Products {
+  static constexpr bool kTakesDy = true;
+  template <typename N>
+  static FASTTUNE_INLINE Terms<N> of(N x, N dy, N center) {
+    return {dy, dy * (x - center)};
   }
 };
 
@@ -76,212 +181,242 @@ template <int kWidth, typename T>
 struct Kernel {
   using V = Vector<kWidth>;
   using F = typename V::F;
+  using Pair = Two<kWidth, T>;
+  static constexpr int64_t kBoth = Pair::kBoth;
 
-  const Call& call;
-  const Lines& lines = call.lines;
-  const int64_t channels = call.params.channels;
-  const T* x = static_cast<const T*>(call.params.x);
-  const T* dy = static_cast<const T*>(call.params.dy);
-  T* out = static_cast<T*>(call.params.out);
-  const float* mean = call.factors.data();
-  const float* scale = mean + lines.width;
-  const float* shift = scale + lines.width;
-  const float* slope = shift + lines.width;
+  // By value: what is stored as bytes may alias anything that is reached by a pointer.
+  const Lines lines;
+  const Pass pass;
+  const int64_t channels;
+  const T* const x;
+  const T* const dy;
+  T* const out;
+  const Factors given;  // [channels]
+  float* const buffer;  // [4, width]
 
-  // body(number of vectors, first column), for all columns of a line.
+  FASTTUNE_INLINE Kernel(const Call& call, float* buffer)
+      : lines(call.lines),
+        pass(call.pass),
+        channels(call.params.channels),
+        x(static_cast<const T*>(call.params.x)),
+        dy(static_cast<const T*>(call.params.dy)),
+        out(static_cast<T*>(call.params.out)),
+        given{call.params.mean, call.params.scale, call.params.shift, call.params.slope},
+        buffer(buffer) {}
+
+  // body(number of pairs of vectors, first column), for all columns of a line.
   template <typename Body>
   FASTTUNE_INLINE void over_columns(const Body& body) const {
     int64_t j = 0;
     for (; j + kColumns <= lines.width; j += kColumns) {
-      body(std::integral_constant<int, kColumns / kWidth>{}, j);
+      body(std::integral_constant<int, kColumns / kBoth>{}, j);
     }
-    for (; j < lines.width; j += kGroup) {
-      body(std::integral_constant<int, kGroup / kWidth>{}, j);
+    for (; j < lines.width; j += kPair) {
+      body(std::integral_constant<int, kPair / kBoth>{}, j);
     }
   }
 
-  // Of `n` lines from `first` on, by columns [width]: the second pass over a few columns finds them
-  // in the first-level cache.
-  FASTTUNE_INLINE void column_statistics(int64_t first, int64_t n, float* means,
-                                         float* squares) const {
-    over_columns([&](auto vectors, int64_t j) FASTTUNE_LAMBDA {
-      constexpr int kVectors = decltype(vectors)::value;
-      const T* const from = x + first * lines.width + j;
-      F sum[kVectors] = {}, square[kVectors] = {};
-      for (int64_t i = 0; i < n; ++i) {
-        for (int v = 0; v < kVectors; ++v) sum[v] += V::load(from + i * lines.width + v * kWidth);
-      }
-      for (int v = 0; v < kVectors; ++v) sum[v] /= static_cast<float>(n);
-      for (int64_t i = 0; i < n; ++i) {
-        for (int v = 0; v < kVectors; ++v) {
-          const F off = V::load(from + i * lines.width + v * kWidth) - sum[v];
-          square[v] += off * off;
-        }
-      }
-      for (int v = 0; v < kVectors; ++v) {
-        V::store(means + j + v * kWidth, sum[v]);
-        V::store(squares + j + v * kWidth, square[v]);
-      }
-    });
+  FASTTUNE_INLINE const float* along_a_line(const float* by_channel, float* to) const {
+    if (by_channel == nullptr) return nullptr;
+    for (int64_t i = 0, column = 0; i < lines.fold; ++i) {
+      for (int64_t j = 0; j < channels; ++j, ++column) to[Pair::place(column)] = by_channel[j];
+    }
+    return to;
   }
 
-  FASTTUNE_INLINE void column_sums(int64_t first, int64_t n, float* sums, float* products) const {
-    over_columns([&](auto vectors, int64_t j) FASTTUNE_LAMBDA {
-      constexpr int kVectors = decltype(vectors)::value;
-      F center[kVectors], sum[kVectors] = {}, product[kVectors] = {};
-      for (int v = 0; v < kVectors; ++v) center[v] = V::load(mean + j + v * kWidth);
+  // Adds the terms of n lines from `first` on to first_sums and second_sums, by columns [width].
+  template <typename Of>
+  FASTTUNE_INLINE void add_lines(int64_t first, int64_t n, const float* center, float* first_sums,
+                                 float* second_sums) const {
+    over_columns([&](auto pairs, int64_t j) FASTTUNE_LAMBDA {
+      constexpr int kVectors = 2 * decltype(pairs)::value;
+      F middle[kVectors], one[kVectors] = {}, two[kVectors] = {};
+      for (int v = 0; v < kVectors; ++v) middle[v] = V::load(center + j + v * kWidth);
       for (int64_t i = first; i < first + n; ++i) {
-        for (int v = 0; v < kVectors; ++v) {
+        for (int v = 0; v < kVectors; v += 2) {
           const int64_t at = i * lines.width + j + v * kWidth;
-          const F gradient = V::load(dy + at);
-          sum[v] += gradient;
-          product[v] += gradient * (V::load(x + at) - center[v]);
+          const Pair value = Pair::load(x + at);
+          const Pair gradient = Of::kTakesDy ? Pair::load(dy + at) : value;
+          const Terms<F> a = Of::of(value.a, gradient.a, middle[v]);
+          const Terms<F> b = Of::of(value.b, gradient.b, middle[v + 1]);
+          one[v] += a.first;
+          two[v] += a.second;
+          one[v + 1] += b.first;
+          two[v + 1] += b.second;
         }
       }
       for (int v = 0; v < kVectors; ++v) {
-        V::store(sums + j + v * kWidth, sum[v]);
-        V::store(products + j + v * kWidth, product[v]);
+        float* const first_sum = first_sums + j + v * kWidth;
+        float* const second_sum = second_sums + j + v * kWidth;
+        V::store(first_sum, V::load(first_sum) + one[v]);
+        V::store(second_sum, V::load(second_sum) + two[v]);
       }
     });
   }
 
-  // What the places of a channel hold put together, in [channels].
-  FASTTUNE_INLINE void fold_statistics(const float* means, const float* squares, int64_t n,
-                                       float* of_means, float* of_squares) const {
-    fold_sums(means, of_means);
-    fold_sums(squares, of_squares);
+  template <typename Of>
+  FASTTUNE_INLINE void reduce(int64_t first, int64_t n, const float* center, float* first_sums,
+                              float* second_sums) const {
+    std::fill_n(first_sums, lines.width, 0.0f);
+    std::fill_n(second_sums, lines.width, 0.0f);
+    const int64_t near = std::clamp(kNear / lines.width, kMinLines, kNearLines);
+    for (int64_t i = 0; i < n; i += near) {
+      add_lines<Of>(first + i, std::min(near, n - i), center, first_sums, second_sums);
+    }
+  }
+
+  // Means and sums of squares of a block, [channels]. Around the mean of its first lines, which are
+  // a sixteenth of it or more: the square of the distance from there to the mean of all is then at
+  // most fifteen times the variance, and four bits are all that can cancel.
+  FASTTUNE_INLINE void block_statistics(int64_t first, int64_t n, float* means,
+                                        float* squares) const {
+    float* const center = buffer;
+    float* const sums = center + lines.width;
+    float* const square_sums = sums + lines.width;
+    std::fill_n(center, lines.width, 0.0f);
+    const int64_t few = std::min(n, kCenterLines);
+    reduce<Deviations>(first, few, center, sums, square_sums);
+    for (int64_t j = 0; j < lines.width; ++j) center[j] = sums[j] / static_cast<float>(few);
+    reduce<Deviations>(first, n, center, sums, square_sums);
+    for (int64_t j = 0; j < lines.width; ++j) {
+      const float off = sums[j] / static_cast<float>(n);
+      square_sums[j] = std::max(0.0f, square_sums[j] - sums[j] * off);
+      center[j] += off;
+    }
+    fold(center, means);
+    fold(square_sums, squares);
     if (lines.fold == 1) return;
-    for (int64_t j = 0; j < channels; ++j) of_means[j] /= static_cast<float>(lines.fold);
-    for (int64_t i = 0; i < lines.fold; ++i, means += channels) {
-      for (int64_t j = 0; j < channels; ++j) {
-        const float off = means[j] - of_means[j];
-        of_squares[j] += static_cast<float>(n) * (off * off);
+    for (int64_t j = 0; j < channels; ++j) means[j] /= static_cast<float>(lines.fold);
+    for (int64_t i = 0, column = 0; i < lines.fold; ++i) {
+      for (int64_t j = 0; j < channels; ++j, ++column) {
+        const float off = center[Pair::place(column)] - means[j];
+        squares[j] += static_cast<float>(n) * (off * off);
       }
     }
   }
 
-  FASTTUNE_INLINE void fold_sums(const float* sums, float* folded) const {
-    std::copy_n(sums, channels, folded);
-    for (int64_t i = 1; i < lines.fold; ++i) {
-      sums += channels;
-      for (int64_t j = 0; j < channels; ++j) folded[j] += sums[j];
+  // Sums over the places of each channel.
+  FASTTUNE_INLINE void fold(const float* columns, float* folded) const {
+    std::fill_n(folded, channels, 0.0f);
+    for (int64_t i = 0, column = 0; i < lines.fold; ++i) {
+      for (int64_t j = 0; j < channels; ++j, ++column) folded[j] += columns[Pair::place(column)];
     }
   }
 
   FASTTUNE_INLINE void rest_statistics(float* means, float* squares) const {
     const T* const from = x + lines.count * lines.width;
-    for (int64_t i = 0; i < lines.rest * channels; ++i) means[i % channels] += static_cast<float>(from[i]);
+    const int64_t n = lines.rest * channels;
+    for (int64_t i = 0; i < n; ++i) means[i % channels] += static_cast<float>(from[i]);
     for (int64_t j = 0; j < channels; ++j) means[j] /= static_cast<float>(lines.rest);
-    for (int64_t i = 0; i < lines.rest * channels; ++i) {
+    for (int64_t i = 0; i < n; ++i) {
       const float off = static_cast<float>(from[i]) - means[i % channels];
       squares[i % channels] += off * off;
     }
   }
 
   FASTTUNE_INLINE void rest_sums(float* sums, float* products) const {
-    const int64_t at = lines.count * lines.width;
-    for (int64_t i = 0; i < lines.rest * channels; ++i) {
-      const float gradient = static_cast<float>(dy[at + i]);
-      sums[i % channels] += gradient;
-      products[i % channels] += gradient * (static_cast<float>(x[at + i]) - mean[i % channels]);
+    for (int64_t i = 0, at = lines.count * lines.width; i < lines.rest * channels; ++i, ++at) {
+      const int64_t j = i % channels;
+      const float gradient = static_cast<float>(dy[at]);
+      sums[j] += gradient;
+      products[j] += gradient * (static_cast<float>(x[at]) - given.mean[j]);
     }
   }
 
-  // out = of(element of x or dy, its column), of lines [first, last); and of the rest behind them.
-  // `of` is called with loaders, so that one expression serves vectors and single elements.
+  FASTTUNE_INLINE void reduce_blocks(int64_t begin, int64_t end, float* partials) const {
+    const float* const center = pass == Pass::kSums ? along_a_line(given.mean, buffer) : nullptr;
+    float* const sums = buffer + lines.width;
+    float* const products = sums + lines.width;
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * lines.block;
+      const int64_t n = std::min(lines.block, lines.count - first);
+      float* const partial = partials + 2 * channels * block;
+      if (n > 0 && pass == Pass::kStatistics) {
+        block_statistics(first, n, partial, partial + channels);
+      } else if (n > 0) {
+        reduce<Products>(first, n, center, sums, products);
+        fold(sums, partial);
+        fold(products, partial + channels);
+      }
+      if (lines.rest == 0 || block + 1 < lines.blocks()) continue;
+      float* const last = partial + 2 * channels;
+      pass == Pass::kStatistics ? rest_statistics(last, last + channels)
+                                : rest_sums(last, last + channels);
+    }
+  }
+
+  // Backwards: what a thread has read last by the pass before is still in its cache.
   template <typename Of>
-  FASTTUNE_INLINE void map(int64_t first, int64_t last, bool and_rest, const Of& of) const {
-    const auto vector = [](const auto* p) FASTTUNE_LAMBDA { return V::load(p); };
-    const auto single = [](const auto* p) FASTTUNE_LAMBDA { return static_cast<float>(*p); };
-    for (int64_t i = first; i < last; ++i) {
-      over_columns([&](auto vectors, int64_t j) FASTTUNE_LAMBDA {
-        for (int v = 0; v < decltype(vectors)::value; ++v, j += kWidth) {
-          V::store(out + i * lines.width + j, of(vector, i * lines.width + j, j));
-        }
-      });
-    }
-    if (!and_rest) return;
-    for (int64_t i = 0; i < lines.rest * channels; ++i) {
-      const int64_t at = lines.count * lines.width + i;
-      out[at] = static_cast<T>(of(single, at, i));
-    }
-  }
-
-  FASTTUNE_INLINE void map_block(int64_t first, int64_t last, bool and_rest) const {
-    switch (call.pass) {
-      case Pass::kApply:
-        return map(first, last, and_rest, [&](auto load, int64_t at, int64_t j) FASTTUNE_LAMBDA {
-          return (load(x + at) - load(mean + j)) * load(scale + j) + load(shift + j);
-        });
-      case Pass::kGradient:
-        return map(first, last, and_rest, [&](auto load, int64_t at, int64_t j) FASTTUNE_LAMBDA {
-          const auto along = (load(x + at) - load(mean + j)) * load(slope + j);
-          return (load(dy + at) - load(shift + j) - along) * load(scale + j);
-        });
-      default:
-        return map(first, last, and_rest, [&](auto load, int64_t at, int64_t j) FASTTUNE_LAMBDA {
-          return load(dy + at) * load(scale + j);
-        });
-    }
-  }
-
-  FASTTUNE_INLINE void reduce_block(int64_t first, int64_t n, float* columns, float* partial) const {
-    float* const others = columns + lines.width;
-    if (n == 0) return;
-    if (call.pass == Pass::kStatistics) {
-      column_statistics(first, n, columns, others);
-      fold_statistics(columns, others, n, partial, partial + channels);
-    } else {
-      column_sums(first, n, columns, others);
-      fold_sums(columns, partial);
-      fold_sums(others, partial + channels);
-    }
-  }
-
-  // Blocks [begin, end). The passes that write go backwards: what a thread has read last is still
-  // in its cache.
-  FASTTUNE_INLINE void blocks(int64_t begin, int64_t end, float* columns, float* partials) const {
-    const bool reduces = partials != nullptr;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t block = reduces ? i : begin + end - 1 - i;
+  FASTTUNE_INLINE void map_blocks(int64_t begin, int64_t end) const {
+    const Factors factors = {along_a_line(given.mean, buffer),
+                             along_a_line(given.scale, buffer + lines.width),
+                             along_a_line(given.shift, buffer + 2 * lines.width),
+                             along_a_line(given.slope, buffer + 3 * lines.width)};
+    if (end == lines.blocks()) map_rest<Of>();
+    for (int64_t block = end - 1; block >= begin; --block) {
       const int64_t first = block * lines.block;
       const int64_t last = std::min(first + lines.block, lines.count);
-      const bool and_rest = lines.rest > 0 && block == lines.blocks() - 1;
-      if (!reduces) {
-        map_block(first, last, and_rest);
-        continue;
+      for (int64_t i = first; i < last; ++i) map_line<Of>(i * lines.width, factors);
+    }
+  }
+
+  template <typename Of>
+  FASTTUNE_INLINE void map_line(int64_t line, const Factors& factors) const {
+    over_columns([&](auto pairs, int64_t j) FASTTUNE_LAMBDA {
+      for (int p = 0; p < decltype(pairs)::value; ++p, j += kBoth) {
+        Pair value = {}, gradient = {};
+        if constexpr (Of::kTakesX) value = Pair::load(x + line + j);
+        if constexpr (Of::kTakesDy) gradient = Pair::load(dy + line + j);
+        const Pair result = {Of::of(value.a, gradient.a, factors, j),
+                             Of::of(value.b, gradient.b, factors, j + kWidth)};
+        result.store(out + line + j);
       }
-      reduce_block(first, last - first, columns, partials + 2 * channels * block);
-      if (!and_rest) continue;
-      float* const partial = partials + 2 * channels * (block + 1);
-      if (call.pass == Pass::kStatistics) {
-        rest_statistics(partial, partial + channels);
-      } else {
-        rest_sums(partial, partial + channels);
-      }
+    });
+  }
+
+  template <typename Of>
+  FASTTUNE_INLINE void map_rest() const {
+    for (int64_t i = 0, at = lines.count * lines.width; i < lines.rest * channels; ++i, ++at) {
+      const float value = Of::kTakesX ? static_cast<float>(x[at]) : 0.0f;
+      const float gradient = Of::kTakesDy ? static_cast<float>(dy[at]) : 0.0f;
+      out[at] = static_cast<T>(Of::of(value, gradient, given, i % channels));
+    }
+  }
+
+  FASTTUNE_INLINE void blocks(int64_t begin, int64_t end, float* partials) const {
+    switch (pass) {
+      case Pass::kApply:
+        return map_blocks<Apply>(begin, end);
+      case Pass::kGradient:
+        return map_blocks<Gradient>(begin, end);
+      case Pass::kScale:
+        return map_blocks<Scale>(begin, end);
+      case Pass::kStatistics:
+      case Pass::kSums:
+        return reduce_blocks(begin, end, partials);
     }
   }
 };
 
-using BlocksFn = void (*)(const Call& call, int64_t begin, int64_t end, float* columns,
+using BlocksFn = void (*)(const Call& call, int64_t begin, int64_t end, float* buffer,
                           float* partials);
 
 template <typename T>
-void blocks_default(const Call& call, int64_t begin, int64_t end, float* columns, float* partials) {
-  Kernel<4, T>{call}.blocks(begin, end, columns, partials);
+void blocks_default(const Call& call, int64_t begin, int64_t end, float* buffer, float* partials) {
+  Kernel<4, T>(call, buffer).blocks(begin, end, partials);
 }
 
 #ifdef FASTTUNE_X86
 template <typename T>
-FASTTUNE_AVX2 void blocks_avx2(const Call& call, int64_t begin, int64_t end, float* columns,
+FASTTUNE_AVX2 void blocks_avx2(const Call& call, int64_t begin, int64_t end, float* buffer,
                                float* partials) {
-  Kernel<8, T>{call}.blocks(begin, end, columns, partials);
+  Kernel<8, T>(call, buffer).blocks(begin, end, partials);
 }
 
 template <typename T>
-FASTTUNE_AVX512 void blocks_avx512(const Call& call, int64_t begin, int64_t end, float* columns,
+FASTTUNE_AVX512 void blocks_avx512(const Call& call, int64_t begin, int64_t end, float* buffer,
                                    float* partials) {
-  Kernel<16, T>{call}.blocks(begin, end, columns, partials);
+  Kernel<16, T>(call, buffer).blocks(begin, end, partials);
 }
 #endif
 
@@ -297,10 +432,9 @@ BlocksFn choose() {
 void run(Call& call) {
   const bool is_float = call.params.dtype == DType::kFloat32;
   const BlocksFn work = is_float ? choose<float>() : choose<c10::BFloat16>();
-  float* const partials = call.partials.empty() ? nullptr : call.partials.data();
   at::parallel_for(0, call.lines.blocks(), 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> columns(partials == nullptr ? 0 : 2 * call.lines.width);
-    work(call, begin, end, columns.data(), partials);
+    std::vector<float> buffer(4 * call.lines.width);
+    work(call, begin, end, buffer.data(), call.partials.data());
   });
 }
 
@@ -309,7 +443,7 @@ void run(Call& call) {
 void batch_norm_statistics(const BatchNormParams& params, float* mean, float* variance) {
   Call call(params, Pass::kStatistics);
   run(call);
-  const Lines& lines = call.lines;
+  const Lines lines = call.lines;
   const int64_t channels = params.channels, blocks = lines.blocks();
   const auto rows_in = [&](int64_t block) {
     if (block == blocks) return static_cast<double>(lines.rest);
