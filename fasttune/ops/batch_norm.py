@@ -36,20 +36,19 @@ def batch_norm(
 ) -> Tensor:
     """What `torch.nn.functional.batch_norm` computes, on [n, c, h, w].
 
-    x: floating point; the kernel takes float32 and bfloat16 in channels_last, everything else runs PyTorch's own.
-    running_mean, running_var: [c], float32 or of x's dtype. In training they become (1 - momentum) of themselves and
-        momentum of the batch's mean and unbiased variance, where they are given; else they are what x is
+    x: floating point; the kernel takes float32 and bfloat16 in channels_last, all else runs PyTorch's own.
+    running_mean, running_var: [c], float32 or of x's dtype. In training, where they are given, they become
+        (1 - momentum) of themselves and momentum of the batch's mean and unbiased variance; else they are what x is
         normalised with.
     weight, bias: [c], float32 or of x's dtype; None stands for 1 and 0.
 
-    Returns a tensor of x's shape, dtype and layout. Statistics and arithmetic are float32, with one rounding at the
-    end, sums of more than 512 values float64; the bits depend neither on the number of threads nor on the
-    instruction set. Of x in another layout, dtype or on another device PyTorch's numerics hold. An incoming
-    gradient of other strides is copied into channels_last. Differentiating the kernel's backward raises
-    NotImplementedError.
+    Returns a tensor of x's shape, dtype and layout. Statistics and arithmetic are float32 with one rounding at the
+    end, sums of many values float64; the bits depend neither on the number of threads nor on the instruction set.
+    Of x in another layout, of another dtype or on another device PyTorch's numerics hold. An incoming gradient of
+    other strides is copied into channels_last. Differentiating the kernel's backward raises NotImplementedError.
 
-    Raises ValueError naming the argument, the shape or dtype expected and the one found, and where training has but
-    one value a channel.
+    Raises ValueError naming the argument, the shape or dtype expected and the one found; in training also if there
+    is but one value a channel.
     """
     _check(x, running_mean, running_var, weight, bias, training)
     record_use("batch_norm", x)
@@ -94,7 +93,7 @@ def _check(
 
 
 def _runs_kernel(x: Tensor) -> bool:
-    return _refuses(x) is None and has_kernel("batch_norm", x.device.type)
+    return x.device.type == "cpu" and _COMPILED and _refuses(x) is None
 
 
 def _broad(of: Tensor) -> Tensor:
@@ -178,6 +177,7 @@ LIBRARY.define(
 LIBRARY.impl("batch_norm", batch_norm_reference, "CompositeExplicitAutograd")
 LIBRARY.impl("batch_norm_fixed", batch_norm_fixed_reference, "CompositeExplicitAutograd")
 LIBRARY.impl("batch_norm_backward", batch_norm_backward_reference, "CompositeExplicitAutograd")
+_COMPILED = has_kernel("batch_norm", "cpu")  # asked once: a small batch norm takes as long as the question
 
 
 @torch.library.register_fake("fasttune::batch_norm", lib=LIBRARY)
