@@ -1,4 +1,4 @@
-"""Convolutions and the batch norms between them: their memory layout, and fasttune's batch norm in PyTorch's place.
+"""Convolutions and the batch norms between them: their memory layout, and a faster batch norm in its place.
 
 A training step, ms, on two cores with AVX512-BF16; transformers' models of random weights, their convolutions'
 weights contiguous and in channels_last, the latter also with FusedBatchNorm2d:

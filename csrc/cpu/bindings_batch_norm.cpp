@@ -2,6 +2,7 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <optional>
@@ -62,7 +63,9 @@ Tensor normalised(const Tensor& x, const OptionalTensor& weight, const OptionalT
   const std::vector<float> shift = by_channel("bias", bias, params.channels, 0.0f);
   if (x.numel() == 0) return y;
   const std::vector<double> inverse = inverse_deviations(variance, params.channels, eps);
-  for (int64_t j = 0; j < params.channels; ++j) scale[j] = static_cast<float>(scale[j] * inverse[j]);
+  for (int64_t j = 0; j < params.channels; ++j) {
+    scale[j] = static_cast<float>(scale[j] * inverse[j]);
+  }
   params.x = x.const_data_ptr();
   params.out = y.mutable_data_ptr();
   params.mean = mean;

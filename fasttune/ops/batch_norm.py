@@ -38,8 +38,8 @@ def batch_norm(
 
     x: floating point; the kernel takes float32 and bfloat16 in channels_last, all else runs PyTorch's own.
     running_mean, running_var: [c], float32 or of x's dtype. In training, where they are given, they become
-        (1 - momentum) of themselves and momentum of the batch's mean and unbiased variance; else they are what x is
-        normalised with.
+        (1 - momentum) of themselves and momentum of the batch's mean and unbiased variance; else x is normalised
+        by them.
     weight, bias: [c], float32 or of x's dtype; None stands for 1 and 0.
 
     Returns a tensor of x's shape, dtype and layout. Statistics and arithmetic are float32 with one rounding at the
