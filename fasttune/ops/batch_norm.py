@@ -249,7 +249,9 @@ def _refuses(x: Tensor | None = None, *_: Tensor | None) -> str | None:
         return None
     if x.dtype not in KERNEL_DTYPES:
         return f"the kernel takes float32 and bfloat16, not {x.dtype}"
-    if x.dim() == 4 and not x.is_contiguous(memory_format=torch.channels_last):
+    if x.dim() != 4:
+        return None
+    if not x.is_contiguous(memory_format=torch.channels_last):
         return "the kernel takes channels_last; of other layouts PyTorch's own is fast"
     return "x is empty" if x.numel() == 0 else None
 
