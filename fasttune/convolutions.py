@@ -1,11 +1,22 @@
 """Convolutions and the batch norms between them: their memory layout, and a faster batch norm in its place.
 
-A training step, ms, on two cores with AVX512-BF16; transformers' models of random weights, their convolutions'
-weights contiguous and in channels_last, the latter also with FusedBatchNorm2d:
+A training step, ms, on two cores with AVX512-BF16; transformers' models of random weights, the weights of their
+convolutions contiguous and in channels_last, the latter also with FusedBatchNorm2d:
 
-|                                        | contiguous | channels_last | fused |
-|----------------------------------------|------------|---------------|-------|
-TABLE
+|                                 | contiguous | channels_last | fused |
+|---------------------------------|------------|---------------|-------|
+| ResNet-18, 16 x 224²       bf16 |        359 |           295 |   289 |
+| ResNet-26, 8 x 224²        bf16 |        334 |           260 |   240 |
+| MobileNetV2, 16 x 224²     bf16 |        455 |           308 |   292 |
+| EfficientNet-B0, 8 x 224²  bf16 |        343 |           339 |   341 |
+| small ConvNeXt, 8 x 224²   bf16 |        258 |           260 |   259 |
+| small RT-DETR, 8 x 512²    bf16 |        725 |           612 |   467 |
+| ResNet-18, 16 x 224²       fp32 |        614 |           536 |   510 |
+| ResNet-26, 8 x 224²        fp32 |        546 |           415 |   424 |
+| MobileNetV2, 16 x 224²     fp32 |        525 |           371 |   369 |
+| EfficientNet-B0, 8 x 224²  fp32 |        439 |           266 |   284 |
+| small ConvNeXt, 8 x 224²   fp32 |        558 |           557 |   525 |
+| small RT-DETR, 8 x 512²    fp32 |       1086 |           962 |   839 |
 """
 
 from __future__ import annotations

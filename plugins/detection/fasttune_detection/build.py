@@ -17,12 +17,12 @@ from fasttune.models.checkpoint import load_config, require_family
 from fasttune.models.loading import Loaded, check_backbone, inside, pretrained, random_model
 from fasttune.task import Bundle, Source
 from fasttune_detection.families import BACKBONES, BOX_LAYERS, CLASS_LAYERS, SOFTMAX_LOSS
+from fasttune_detection.frozen import FROZEN, frozen_norms, fuse_frozen_norms
 from fasttune_detection.image_processor import load_processor
 from fasttune_detection.losses import sum_losses
 from fasttune_detection.options import DetectionOptions
 
 _GENERIC = re.compile(r"(?:label|class)?[_ -]?\d+", re.IGNORECASE)
-_FROZEN = "FrozenBatchNorm2d"
 _CLIP = 0.1  # DETR (arXiv 2005.12872) and all that followed it
 _KEPT_RATE = 0.1  # of box layers: pretrained, they stand beside new class layers, which get 10 times the rate
 _BACKBONE_RATE = 0.1  # the same: 1e-4 for the transformer, 1e-5 for the backbone
@@ -63,10 +63,11 @@ def build(source: Source, labels: list[str], options: DetectionOptions) -> Bundl
         backbone = min(backbones, key=len)
         rates[backbone] = _BACKBONE_RATE
         notes = (*notes, f"the backbone learns at {_BACKBONE_RATE:g} times the rate of the transformer")
-        if frozen := sum(type(module).__name__.endswith(_FROZEN) for module in model.modules()):
+        if frozen := frozen_norms(model):
             notes = (*notes, f"{frozen} batch norms of the backbone stay as they were pretrained")
     if not random:
         rates |= dict.fromkeys(_named(model, BOX_LAYERS), _KEPT_RATE)
+    fuse_frozen_norms(model)
     return Bundle(
         model=model,
         processor=processor,
@@ -168,7 +169,7 @@ def _train_batch_norms(model: nn.Module) -> tuple[str, ...]:
     for parent in list(model.modules()):
         child: Any
         for name, child in list(parent.named_children()):
-            if type(child).__name__.endswith(_FROZEN):
+            if type(child).__name__.endswith(FROZEN):
                 setattr(parent, name, nn.BatchNorm2d(len(child.weight)))
                 frozen += 1
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
