@@ -118,7 +118,7 @@ def compiler_flags() -> list[str]:
 def cpu_extension(cpp_extension):
     return cpp_extension.CppExtension(
         "fasttune._C",
-        ["csrc/autograd.cpp", "csrc/bindings.cpp", *files("csrc/cpu/*.cpp")],
+        [*files("csrc/autograd*.cpp"), "csrc/bindings.cpp", *files("csrc/cpu/*.cpp")],
         define_macros=[("FASTTUNE_REVISION", revision())],
         extra_compile_args=compiler_flags(),
         depends=files("csrc/**/*.h"),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fasttune import attention
 from fasttune.config import Full, Head, Lora
+from fasttune.convolutions import lay_out, replace_batch_norms
 from fasttune.errors import ConfigError, ModelError, nearest
 from fasttune.features import base_module
 from fasttune.ops import dropout, lora_linear
@@ -162,6 +163,7 @@ class Adapted:
 
     trained: parameters by name. masters: their fp32 values by name, from before the cast to the compute type.
     attention: which implementation computes attention, and why.
+    layout: of the weights of convolutions, and why; None for a model without.
     """
 
     bundle: Bundle
@@ -169,6 +171,7 @@ class Adapted:
     masters: dict[str, Tensor]
     strategy: Strategy
     attention: str
+    layout: str | None = None
 
     def train_mode(self) -> None:
         """Dropout on where something is trained; a base that is wholly frozen stays in eval mode."""
@@ -218,14 +221,15 @@ def adapt(
     if not trained:
         raise ModelError(f"{type(model).__name__}: strategy {strategy.kind} leaves nothing to train")
     replace_dropout(model)
+    replace_batch_norms(model)
     model.to(device)
+    layout = lay_out(model, dtype, device)  # before the masters, which have to have their parameters' strides
     masters = {name: p.detach().to(torch.float32, copy=True) for name, p in trained.items()}
     cast(model, dtype)
     if checkpointing:
         _checkpoint_blocks(model)
-    return Adapted(
-        bundle, trained, masters, strategy, attention.choose(model, attention_implementation, dtype, device)
-    )
+    chosen = attention.choose(model, attention_implementation, dtype, device)
+    return Adapted(bundle, trained, masters, strategy, chosen, layout)
 
 
 def _is_trained(name: str, bundle: Bundle, strategy: Strategy) -> bool:

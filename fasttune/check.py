@@ -54,7 +54,11 @@ def check(config: RunConfig, remote_code: str | None = None, draw: str | None = 
     return {
         "task": f"{config.task} ({prepared.plugin.distribution} {prepared.plugin.version})",
         "rows": f"{prepared.train.usable_rows:,} train, {prepared.valid.usable_rows:,} valid",
-        "notes": [*prepared.notes, f"attention: {adapted.attention}"],
+        "notes": [
+            *prepared.notes,
+            f"attention: {adapted.attention}",
+            *([f"layout: {adapted.layout}"] if adapted.layout else []),
+        ],
         "classes": [f"{name}: {count:,} {counted}" for name, count in sorted(prepared.classes.items())],
         "bad rows left out": [str(row) for row in prepared.skipped],
         unit: f"{min(costs):,} to {max(costs):,} a sample, mean {np.mean(costs):,.1f}",

@@ -180,6 +180,31 @@ def attention(size: tuple[int, ...], dtype: torch.dtype, device: str, p: float =
     return Contest((q, k, v, mask), (q, k, v), upstream, p, check)
 
 
+def batch_norm(size: tuple[int, ...], dtype: torch.dtype, device: str, strided: bool = False) -> Contest:
+    """size: images, channels, height, width, in channels_last and in training. The functions take x, weight and
+    bias (and a probability that means nothing).
+
+    strided: the result's gradient is a slice of a longer sequence, as of a detector's levels side by side.
+    """
+    images, channels, height, width = size
+    pixels = height * width
+    x = _normal((images, pixels, channels), dtype, device, 1).transpose(1, 2).view(size).requires_grad_()
+    weight, bias = (_normal((channels,), torch.float32, device, seed).requires_grad_() for seed in (2, 3))
+    upstream = _normal((images, pixels + strided, channels), dtype, device, 4)
+    upstream = upstream[:, :pixels].transpose(1, 2).unflatten(2, (height, width))
+
+    def check(step: Callable[[float], Step]) -> None:
+        inputs = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+        exact = F.batch_norm(inputs[0], None, None, inputs[1], inputs[2], training=True)
+        gradients = torch.autograd.grad(exact, inputs, upstream.double())
+        for name, found, right in zip(
+            ("y", "dx", "dweight", "dbias"), step(0.0)(), (exact, *gradients), strict=True
+        ):
+            assert_close(name, found, right, _tolerance(dtype))
+
+    return Contest((x, weight, bias), (x, weight, bias), upstream, 0.0, check)
+
+
 def cross_entropy(size: tuple[int, int], dtype: torch.dtype, device: str) -> Contest:
     """size: rows, classes. The functions take logits and target (and a probability that means nothing)."""
     rows, classes = size
@@ -218,6 +243,14 @@ def linear_cross_entropy(
     return Contest((hidden, weight, target), (hidden, weight) if trained else (hidden,), None, 0.0, check)
 
 
+def torch_batch_norm(x: Tensor, weight: Tensor, bias: Tensor, _: float) -> Tensor:
+    return F.batch_norm(x, *_running(weight), weight, bias, training=True)
+
+
+def _running(weight: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.zeros_like(weight), torch.ones_like(weight)
+
+
 def torch_lora(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, p: float) -> Tensor:
     """PEFT's composition."""
     y = F.linear(x, weight, bias)
@@ -245,6 +278,7 @@ OURS: Mapping[str, Callable[..., Any]] = {
     "attention": lambda q, k, v, mask, p: ops.attention(
         q, k, v, mask, scale=q.shape[-1] ** -0.5, dropout=p, training=True
     ),
+    "batch_norm": lambda x, weight, bias, _: ops.batch_norm(x, *_running(weight), weight, bias, training=True),
 }
 
 STOCK: Mapping[str, Mapping[str, Callable[..., Tensor]]] = {
@@ -257,4 +291,5 @@ STOCK: Mapping[str, Mapping[str, Callable[..., Tensor]]] = {
         )
     },
     "attention": {"sdpa": torch_attention, "softmax(q kᵀ) v": plain_attention},
+    "batch_norm": {"F.batch_norm": torch_batch_norm},
 }

@@ -74,7 +74,7 @@ class Optimizer:
             if parameter.grad is None:
                 continue
             master = self.masters[name]
-            gradient = parameter.grad.to(torch.float32)
+            gradient = _like(master, parameter.grad.to(torch.float32))
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
             parameter.grad = None
 
@@ -129,8 +129,14 @@ class Optimizer:
             master.data.copy_(masters[name])
         for key, value in state.items():
             name, _, entry = key.rpartition("/")
-            self.torch.state[self.masters[name]][entry] = value.clone()
+            master = self.masters[name]
+            self.torch.state[master][entry] = value.clone() if value.dim() == 0 else _like(master, value.clone())
         self.publish()
+
+
+def _like(master: Tensor, value: Tensor) -> Tensor:
+    """The value in the strides of its master: fused optimizers go by memory, not by index."""
+    return value if value.stride() == master.stride() else torch.empty_like(master).copy_(value)
 
 
 def _longest(name: str, modules: Iterable[str]) -> str:

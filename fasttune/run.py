@@ -158,11 +158,13 @@ class _Run:
         adapted = adapt_bundle(self.config, self.prepared.bundle, self.device)
         trained = sum(parameter.numel() for parameter in adapted.trained.values())
         everything = sum(parameter.numel() for parameter in self.prepared.bundle.model.parameters())
-        self.prepared.notes += [
+        notes = [
             f"strategy {strategy.kind}: {trained:,} of {everything:,} parameters trained, in {train.precision}",
             f"attention: {adapted.attention}",
+            *([f"layout: {adapted.layout}"] if adapted.layout else []),
             f"memory: {'tensors keep their pages' if keeps_pages() else 'freed pages go back to the system'}",
         ]
+        self.prepared.notes += notes
         cached = None
         if isinstance(strategy, Head):
             packs = self.prepared.task.packs
@@ -171,7 +173,7 @@ class _Run:
             why = "samples are packed" if packs else "head and base of this model can't be run apart"
             why = why if strategy.cache_gb else "strategy.cache_gb is 0"
             self.progress.note(f"features of the base are computed anew in every epoch: {why}")
-        for note in self.prepared.notes[-3:]:
+        for note in notes:
             self.progress.note(note)
         return adapted, cached
 

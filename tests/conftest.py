@@ -223,7 +223,7 @@ def write() -> Callable[[Path, str | bytes], Path]:
     return write_file
 
 
-TIMING = {"seconds", "rows_per_s", "tokens_per_s", "peak_memory_bytes"}
+TIMING = {"seconds", "rows_per_s", "tokens_per_s", "pixels_per_s", "peak_memory_bytes"}
 
 
 @pytest.fixture

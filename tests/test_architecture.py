@@ -30,6 +30,7 @@ ORDER = (
     "data",
     "features",
     "attention",
+    "convolutions",
     "adapt",
     "batching",
     "optim",

@@ -20,6 +20,7 @@ TINY = {
     "dropout": (70, 48),
     "lora_linear": (70, 48, 40),
     "attention": (2, 3, 40, 16),
+    "batch_norm": (2, 3, 9, 7),
     "cross_entropy": (70, 130),
     "linear_cross_entropy": (70, 48, 130),
     "training_step": (4, 12, 64, 1),
@@ -122,6 +123,7 @@ WRONG = {
     "attention, scale": ("attention", scaled(contests.OURS["attention"], 1.01)),
     "attention, two masks": ("attention", attention_with_two_masks),
     "attention, no dropout": ("attention", attention_without_dropout),
+    "batch norm, scale": ("batch_norm", scaled(contests.OURS["batch_norm"], 1.01)),
     "cross entropy, scale": ("cross_entropy", scaled(contests.OURS["cross_entropy"], 1.01)),
     "linear, scale": ("linear_cross_entropy", scaled(contests.OURS["linear_cross_entropy"], 1.01)),
 }

@@ -56,6 +56,30 @@ struct CrossEntropyParams {
 
 void cross_entropy(const CrossEntropyParams& params);
 
+// Batch normalisation of x [rows, channels], contiguous: images in channels_last. fp32 or bf16; all
+// else is fp32 and [channels]. Sums go over blocks of rows whose size depends on the shape alone,
+// so that the number of threads does not change a bit.
+struct BatchNormParams {
+  const void* x;      // may be null in batch_norm_gradient: dx = dy * scale then
+  const void* dy;     // null in the forward
+  void* out;          // y or dx; may be x or dy
+  const float* mean;  // null with x null
+  const float* scale;
+  const float* shift;
+  const float* slope;
+  int64_t rows, channels;  // 1 or more
+  DType dtype;
+};
+
+// [channels]: the mean, and the mean of the squares of what is left without it.
+void batch_norm_statistics(const BatchNormParams& params, float* mean, float* variance);
+// out = (x - mean) * scale + shift
+void batch_norm_apply(const BatchNormParams& params);
+// [channels]: the sums of dy, and of dy * (x - mean).
+void batch_norm_sums(const BatchNormParams& params, double* dy_sum, double* product_sum);
+// out = (dy - shift - (x - mean) * slope) * scale
+void batch_norm_gradient(const BatchNormParams& params);
+
 // The instruction set that the kernels use on this machine: "avx512", "avx2" or "default".
 const char* capability();
 

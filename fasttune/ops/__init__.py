@@ -1,6 +1,7 @@
 """The ops that carry a fine-tuning step. Each file: the op, its plain PyTorch reference, its registration."""
 
 from fasttune.ops.attention import attention
+from fasttune.ops.batch_norm import batch_norm
 from fasttune.ops.cross_entropy import cross_entropy
 from fasttune.ops.dropout import dropout
 from fasttune.ops.library import Backend, backend, build_info, forget_uses, raise_pending, used
@@ -11,6 +12,7 @@ __all__ = [
     "Backend",
     "attention",
     "backend",
+    "batch_norm",
     "build_info",
     "cross_entropy",
     "dropout",

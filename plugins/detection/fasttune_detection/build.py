@@ -22,11 +22,11 @@ from fasttune_detection.families import (
     PROCESSORS,
     SOFTMAX_LOSS,
 )
+from fasttune_detection.frozen import frozen_norms, fuse_frozen_norms
 from fasttune_detection.image_processor import load_processor, processor_of
 from fasttune_detection.losses import sum_losses
 from fasttune_detection.options import DetectionOptions
 from fasttune_detection.parts import (
-    FROZEN_NORM,
     attention_blocks,
     check_packages,
     check_weights,
@@ -79,10 +79,11 @@ def build(source: Source, labels: list[str], options: DetectionOptions) -> Bundl
         backbone = min(backbones, key=len)
         rates[backbone] = _BACKBONE_RATE
         notes = (*notes, f"the backbone learns at {_BACKBONE_RATE:g} times the rate of the transformer")
-        if frozen := sum(type(module).__name__.endswith(FROZEN_NORM) for module in model.modules()):
+        if frozen := frozen_norms(model):
             notes = (*notes, f"{frozen} batch norms of the backbone stay as they were pretrained")
     if not random:
         rates |= dict.fromkeys(modules_named(model, BOX_LAYERS), _KEPT_RATE)
+    fuse_frozen_norms(model)
     return Bundle(
         model=model,
         processor=processor,

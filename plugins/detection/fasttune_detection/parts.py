@@ -14,10 +14,9 @@ from fasttune.errors import ModelError
 from fasttune.models import structure
 from fasttune.models.loading import Loaded, check_backbone, inside
 from fasttune.task import Source
+from fasttune_detection.frozen import FROZEN
 
 _GENERIC = re.compile(r"(?:label|class)?[_ -]?\d+", re.IGNORECASE)
-FROZEN_NORM = "FrozenBatchNorm2d"
-"""How the types of batch norms end that transformers never trains."""
 
 
 def check_packages(source: Source, config: Any, matched: str | None) -> None:
@@ -114,7 +113,7 @@ def train_batch_norms(model: nn.Module) -> tuple[str, ...]:
     for parent in list(model.modules()):
         child: Any
         for name, child in list(parent.named_children()):
-            if type(child).__name__.endswith(FROZEN_NORM):
+            if type(child).__name__.endswith(FROZEN):
                 norm = nn.BatchNorm2d(len(child.weight))
                 norm.num_batches_tracked = None  # those that will open its file know no such tensor
                 setattr(parent, name, norm)

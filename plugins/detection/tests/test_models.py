@@ -1,5 +1,6 @@
 """What `build` makes of a checkpoint: classes, parts, sizes, and what it refuses."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -8,9 +9,11 @@ import pytest
 import torch
 import transformers as hf
 from PIL import Image
+from transformers.models.detr.modeling_detr import DetrFrozenBatchNorm2d
 
 from fasttune.errors import ConfigError, ModelError
 from fasttune.task import Source
+from fasttune_detection.frozen import FusedFrozenBatchNorm2d, fuse_frozen_norms
 from fasttune_detection.image_processor import Pixels
 from fasttune_detection.options import DetectionOptions
 from fasttune_detection.parts import check_packages
@@ -91,7 +94,8 @@ def test_parts_are_named(make_model, tmp_path, kind):
 def test_frozen_batch_norms_stay_where_they_are_pretrained(make_model, tmp_path):
     folder = make_model(tmp_path / "model", "detr")
     pretrained = {type(module).__name__ for module in built(folder).model.modules()}
-    assert "DetrFrozenBatchNorm2d" in pretrained
+    assert "FusedFrozenBatchNorm2d" in pretrained
+    assert "DetrFrozenBatchNorm2d" not in pretrained
     bundle = built(folder, random=True)
     norms = [module for module in bundle.model.modules() if "BatchNorm" in type(module).__name__]
     assert {type(norm) for norm in norms} == {torch.nn.BatchNorm2d}
@@ -99,6 +103,28 @@ def test_frozen_batch_norms_stay_where_they_are_pretrained(make_model, tmp_path)
         bundle
     )
     assert built(folder).model.state_dict().keys() == bundle.model.state_dict().keys(), "the names are the file's"
+
+
+def test_a_fused_frozen_batch_norm_is_transformers_own():
+    theirs = DetrFrozenBatchNorm2d(12)
+    for buffer, low in zip(theirs.buffers(), (-1, -1, -1, 0.5), strict=True):
+        torch.nn.init.uniform_(buffer, low, 2.0)
+    model = torch.nn.Sequential(copy.deepcopy(theirs)).eval()
+    fuse_frozen_norms(model)
+    assert type(model[0]) is FusedFrozenBatchNorm2d
+    assert not model[0].training
+    assert model[0].state_dict().keys() == theirs.state_dict().keys()
+    for dtype in (torch.float32, torch.bfloat16):
+        for layout in (torch.channels_last, torch.contiguous_format):
+            x = torch.randn(2, 12, 5, 7).to(dtype).contiguous(memory_format=layout).requires_grad_()
+            results = []
+            for module in (theirs, model):
+                y = module(x)
+                results.append((y, *torch.autograd.grad(y.float().square().sum(), x)))
+            assert results[1][0].dtype == dtype
+            for one, other in zip(*results, strict=True):
+                close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+                torch.testing.assert_close(other.float(), one.float(), **close)
 
 
 def test_random_batch_norms_let_an_image_through(make_model, tmp_path):
