@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -127,10 +128,17 @@ class Loader:
             batch_size=None,
             num_workers=self.workers,
             multiprocessing_context="fork",
+            worker_init_fn=_yield_to_training,
         ):
             if isinstance(found, DataError):
                 raise found
             yield found
+
+
+def _yield_to_training(_: int) -> None:
+    """A worker that takes a core from one of the threads that multiply holds up all of them: with one on two cores,
+    a step of a detector took 6 % longer at equal priority."""
+    os.nice(19)
 
 
 class _Loaded(torch.utils.data.Dataset):
