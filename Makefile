@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 PLUGINS := $(wildcard plugins/*)
-BENCHES := $(filter-out $(patsubst %,bench/%.py,conftest measure contenders train generation),$(wildcard bench/*.py))
+BENCHES := $(filter-out $(patsubst %,bench/%.py,conftest measure contenders train generation detection),$(wildcard bench/*.py))
 STAMP := $(VENV)/.setup
 export HF_HUB_OFFLINE := 1
 
