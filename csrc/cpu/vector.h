@@ -1,7 +1,8 @@
 // A few floats at a time, in the vectors that GCC and Clang provide on every machine: one source,
 // instantiated with the width of each instruction set. Each operation is an IEEE one and lane by
 // lane, and nothing is contracted (setup.py: -ffp-contract=off), so every width gives the same
-// bits. Attention is the exception: there, multiplies and adds are fused where that exists.
+// bits. Attention and deformable attention are the exceptions: there, multiplies and adds are fused
+// where that exists.
 //
 // All of it is inlined into functions that name their instruction set: a vector must never be an
 // argument of a real call, whose ABI would depend on that set.
@@ -24,6 +25,16 @@
 #define FASTTUNE_X86 1
 #define FASTTUNE_AVX2 __attribute__((target("avx2,fma")))
 #define FASTTUNE_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+
+// With multiplies and adds fused. Clang has no such attribute, and goes without.
+#ifdef __clang__
+#define FASTTUNE_FUSED
+#else
+#define FASTTUNE_FUSED optimize("fp-contract=fast"),
+#endif
+#define FASTTUNE_FUSED_AVX2 __attribute__((FASTTUNE_FUSED target("avx2,fma")))
+#define FASTTUNE_FUSED_AVX512 \
+  __attribute__((FASTTUNE_FUSED target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 #endif
 
 namespace fasttune::cpu {

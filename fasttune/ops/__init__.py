@@ -2,6 +2,7 @@
 
 from fasttune.ops.attention import attention
 from fasttune.ops.cross_entropy import cross_entropy
+from fasttune.ops.deformable_attention import deformable_attention
 from fasttune.ops.dropout import dropout
 from fasttune.ops.library import Backend, backend, build_info, forget_uses, raise_pending, used
 from fasttune.ops.linear_cross_entropy import linear_cross_entropy
@@ -13,6 +14,7 @@ __all__ = [
     "backend",
     "build_info",
     "cross_entropy",
+    "deformable_attention",
     "dropout",
     "forget_uses",
     "linear_cross_entropy",
