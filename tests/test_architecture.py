@@ -30,6 +30,7 @@ ORDER = (
     "data",
     "features",
     "attention",
+    "deformable",
     "adapt",
     "batching",
     "optim",
