@@ -25,7 +25,6 @@ from fasttune.ops.library import LIBRARY, OPS, Op, record_use
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 _BILINEAR, _ZEROS = 0, 0  # modes of ATen's grid_sampler_2d
-_SAMPLING = {"mode": "bilinear", "padding_mode": "zeros", "align_corners": False}
 
 
 def deformable_attention(
@@ -120,6 +119,10 @@ def _levels(
         yield flat.reshape(b * heads, d, height, width), grid, share
 
 
+def _sampled(image: Tensor, grid: Tensor) -> Tensor:
+    return F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
 def deformable_attention_reference(
     value: Tensor, sizes: list[int], points: list[int], locations: Tensor, weights: Tensor
 ) -> Tensor:
@@ -132,7 +135,7 @@ def deformable_attention_reference(
     out = value.new_zeros(b * heads, d, q, dtype=wide) + nothing
     if out.numel():  # grid_sample refuses what is empty
         for image, grid, share in _levels(value, sizes, points, locations, weights):
-            out = out + (F.grid_sample(image, grid, **_SAMPLING) * share).sum(-1)
+            out = out + (_sampled(image, grid) * share).sum(-1)
     return out.view(b, heads * d, q).transpose(1, 2).to(value.dtype).contiguous()
 
 
@@ -147,7 +150,7 @@ def deformable_attention_backward_reference(
     if dout.numel() and sum(points):
         upstream = dout.to(wide).transpose(1, 2).reshape(b * heads, d, q, 1)
         for image, grid, share in _levels(value, sizes, points, locations, weights):
-            dshares.append((F.grid_sample(image, grid, **_SAMPLING) * upstream).sum(1))
+            dshares.append((_sampled(image, grid) * upstream).sum(1))
             dimage, dgrid = torch.ops.aten.grid_sampler_2d_backward(
                 upstream * share, image, grid, _BILINEAR, _ZEROS, False, [True, True]
             )
