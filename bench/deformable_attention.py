@@ -1,8 +1,7 @@
 """Deformable attention, forward and backward, against transformers' form by grid_sample.
 
-The floor: value, locations, weights and the result's gradient copied, which is what is read and written at the
-least but for one more reading in the backward. The bfloat16 cases have locations and weights in float32, as autocast
-leaves them.
+The floor: value, locations, weights and the result's gradient copied, the least that is read and written but for
+one more reading in the backward. With bfloat16, locations and weights are float32, as autocast leaves them.
 
 pytest bench/deformable_attention.py --benchmark-enable
 """

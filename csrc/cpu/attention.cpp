@@ -292,7 +292,8 @@ using BackwardUnits = void (*)(int64_t, int64_t, const AttentionCall&, const at:
       backward_units<WIDTH, T>(begin, end, call, dout, dq, dk, dv);                        \
     }                                                                                      \
   }
-// Multiplies and adds are fused: exp is half of what the rows cost, and a fifth of the whole is won.
+// Multiplies and adds are fused: exp is half of what the rows cost, and a fifth of the whole is
+// won.
 FASTTUNE_UNITS(UnitsDefault, , 4);
 #ifdef FASTTUNE_X86
 FASTTUNE_UNITS(UnitsAvx2, FASTTUNE_FUSED_AVX2, 8);

@@ -38,9 +38,8 @@ struct DeformableCall {
                       " levels need as many pairs of sizes, found ", shapes);
     for (size_t l = 0; l < points.size(); ++l) {
       const int64_t height = shapes[2 * l], width = shapes[2 * l + 1];
-      TORCH_CHECK_VALUE(height > 0 && width > 0 && points[l] >= 0,
-                        "deformable_attention: shapes ", shapes, " or points ", points,
-                        " are not sizes");
+      TORCH_CHECK_VALUE(height > 0 && width > 0 && points[l] >= 0, "deformable_attention: shapes ",
+                        shapes, " or points ", points, " are not sizes");
       levels.push_back({height, width, params.s, points[l]});
       params.s += height * width;
       params.n += points[l];
@@ -101,16 +100,15 @@ at::Tensor bound_forward(const at::Tensor& value, at::IntArrayRef shapes, at::In
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> bound_backward(
-    const at::Tensor& dout, const at::Tensor& value, at::IntArrayRef shapes,
-    at::IntArrayRef points, const at::Tensor& locations, const at::Tensor& weights) {
+    const at::Tensor& dout, const at::Tensor& value, at::IntArrayRef shapes, at::IntArrayRef points,
+    const at::Tensor& locations, const at::Tensor& weights) {
   DeformableCall call(value, shapes, points, locations, weights);
   DeformableParams& params = call.params;
-  TORCH_CHECK_VALUE(dout.dim() == 3 && dout.size(0) == params.b && dout.size(1) == params.q &&
-                        dout.size(2) == params.heads * call.width &&
-                        dout.scalar_type() == value.scalar_type(),
-                    "deformable_attention_backward: dout ", dout.sizes(), " of ",
-                    dout.scalar_type(), " does not fit value ", value.sizes(), " of ",
-                    value.scalar_type());
+  TORCH_CHECK_VALUE(
+      dout.dim() == 3 && dout.size(0) == params.b && dout.size(1) == params.q &&
+          dout.size(2) == params.heads * call.width && dout.scalar_type() == value.scalar_type(),
+      "deformable_attention_backward: dout ", dout.sizes(), " of ", dout.scalar_type(),
+      " does not fit value ", value.sizes(), " of ", value.scalar_type());
   const at::Tensor incoming =
       call.widened(dout.contiguous().view({params.b, params.q, params.heads, call.width}));
   const at::Tensor dvalue = call.fresh(params.s);
