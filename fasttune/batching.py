@@ -136,8 +136,8 @@ class Loader:
 
 
 def _yield_to_training(_: int) -> None:
-    """A worker that takes a core from one of the threads that multiply holds up all of them: with one on two cores,
-    a step of a detector took 6 % longer at equal priority."""
+    """A worker that takes a core from one of the threads that multiply holds up all of them: on two cores a step
+    of a detector took 6 % longer where both had the same priority."""
     os.nice(19)
 
 
