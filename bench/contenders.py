@@ -25,7 +25,7 @@ from typing import Any
 # The parent imports nothing heavy: on Linux ru_maxrss of a new process starts at the resident set of its parent.
 
 TRAINED = "trained"  # a file that says that training is over: what comes then is not measured
-SAMPLED = 0.2  # seconds between looks at a contender's memory
+SAMPLED = 2.0  # seconds between looks at memory, each of which holds a process up for about 20 ms a GB
 WARM_UP = 5  # steps left out of every contender's rates
 LAST = 20  # steps over which the final train loss is averaged
 LORA_DROPOUT, WEIGHT_DECAY, CLIP = 0.05, 0.01, 1.0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fasttune import attention
+from fasttune import attention, deformable
 from fasttune.config import Full, Head, Lora
 from fasttune.convolutions import lay_out, replace_batch_norms
 from fasttune.errors import ConfigError, ModelError, nearest
@@ -162,7 +162,7 @@ class Adapted:
     """A model ready for training.
 
     trained: parameters by name. masters: their fp32 values by name, from before the cast to the compute type.
-    attention: which implementation computes attention, and why.
+    attention: which implementation computes attention, and why; deformable attention too, where there is any.
     layout: of the weights of convolutions, and why; None for a model without.
     """
 
@@ -228,8 +228,11 @@ def adapt(
     cast(model, dtype)
     if checkpointing:
         _checkpoint_blocks(model)
-    chosen = attention.choose(model, attention_implementation, dtype, device)
-    return Adapted(bundle, trained, masters, strategy, chosen, layout)
+    said = (
+        attention.choose(model, attention_implementation, dtype, device),
+        deformable.replace(model, dtype, device),
+    )
+    return Adapted(bundle, trained, masters, strategy, "; ".join(filter(None, said)), layout)
 
 
 def _is_trained(name: str, bundle: Bundle, strategy: Strategy) -> bool:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -205,6 +206,41 @@ def batch_norm(size: tuple[int, ...], dtype: torch.dtype, device: str, strided: 
     return Contest((x, weight, bias), (x, weight, bias), upstream, 0.0, check)
 
 
+def deformable_attention(size: tuple[int, ...], dtype: torch.dtype, device: str) -> Contest:
+    """size: batch, heads, width of a head, queries, side of the first of `maps_of`, points a map. The functions
+    take value, locations and weights (and a probability that means nothing). Locations and weights are float32, as
+    autocast leaves them."""
+    batch, heads, width, queries, side, points = size
+    sides = torch.tensor([side >> level for level in range(3)], device=device)
+    value = _normal((batch, int(sides.square().sum()), heads, width), dtype, device, 1).requires_grad_()
+    centres = torch.rand((batch, queries, 1, 1, 1, 2), generator=torch.Generator().manual_seed(2)).to(device)
+    around = centres + 0.1 * _normal((batch, queries, heads, 3, points, 2), torch.float32, device, 3)
+    # Off the pixels' centres, where rounding decides which side's derivative is taken.
+    pixels = around * sides[:, None, None] - 0.5
+    off = pixels - pixels.floor()
+    locations = ((pixels.floor() + 0.2 + 0.6 * off + 0.5) / sides[:, None, None]).requires_grad_()
+    weights = _normal((batch, queries, heads, 3 * points), torch.float32, device, 4).softmax(-1)
+    weights = weights.unflatten(3, (3, points)).requires_grad_()
+    upstream = _normal((batch, queries, heads * width), dtype, device, 5)
+
+    def check(step: Callable[[float], Step]) -> None:
+        inputs = [t[-1:].detach().double().requires_grad_() for t in (value, locations, weights)]
+        exact = torch_deformable_attention(inputs[0], inputs[1], inputs[2], 0.0)
+        gradients = torch.autograd.grad(exact, inputs, upstream[-1:].double())
+        names = "out", "dvalue", "dlocations", "dweights"
+        for name, found, right in zip(names, step(0.0)(), (exact, *gradients), strict=True):
+            assert_close(name, found[-1:], right, _tolerance(dtype))
+
+    inputs = value, locations, weights
+    return Contest(inputs, inputs, upstream, 0.0, check)
+
+
+def maps_of(value: Tensor) -> list[tuple[int, int]]:
+    """Three square maps, each of half the side of the one before."""
+    side = math.isqrt(value.shape[1] * 16 // 21)
+    return [(side >> level, side >> level) for level in range(3)]
+
+
 def cross_entropy(size: tuple[int, int], dtype: torch.dtype, device: str) -> Contest:
     """size: rows, classes. The functions take logits and target (and a probability that means nothing)."""
     rows, classes = size
@@ -268,6 +304,15 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, p: float) -> 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p).transpose(1, 2).contiguous()
 
 
+def torch_deformable_attention(value: Tensor, locations: Tensor, weights: Tensor, _: float) -> Tensor:
+    """transformers' form, by grid_sample, which autocast computes in float32."""
+    from transformers.models.rt_detr.modeling_rt_detr import MultiScaleDeformableAttention
+
+    with torch.autocast(value.device.type, torch.bfloat16, enabled=value.dtype == torch.bfloat16):
+        out = MultiScaleDeformableAttention()(value, None, maps_of(value), None, locations, weights, 64)
+    return out.to(value.dtype)
+
+
 OURS: Mapping[str, Callable[..., Any]] = {
     "dropout": lambda x, p: ops.dropout(x, p, training=True),
     "lora_linear": lambda x, weight, bias, a, b, p: ops.lora_linear(
@@ -279,6 +324,9 @@ OURS: Mapping[str, Callable[..., Any]] = {
         q, k, v, mask, scale=q.shape[-1] ** -0.5, dropout=p, training=True
     ),
     "batch_norm": lambda x, weight, bias, _: ops.batch_norm(x, *_running(weight), weight, bias, training=True),
+    "deformable_attention": lambda value, locations, weights, _: ops.deformable_attention(
+        value, maps_of(value), locations, weights
+    ),
 }
 
 STOCK: Mapping[str, Mapping[str, Callable[..., Tensor]]] = {
@@ -292,4 +340,5 @@ STOCK: Mapping[str, Mapping[str, Callable[..., Tensor]]] = {
     },
     "attention": {"sdpa": torch_attention, "softmax(q kᵀ) v": plain_attention},
     "batch_norm": {"F.batch_norm": torch_batch_norm},
+    "deformable_attention": {"grid_sample": torch_deformable_attention},
 }

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fasttune import config as configs
+from fasttune import deformable
 from fasttune.adapt import merge_lora, replace_dropout
 from fasttune.batching import Loader
 from fasttune.checkpoint import Disk
@@ -145,5 +146,7 @@ def load(run: str | Path, *, remote_code: str | None = None) -> Model:
     else:
         bundle = build_bundle(task, Source(folder.best), labels, config.train.seed)
     replace_dropout(bundle.model)
-    bundle.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bundle.model.to(device).eval()
+    deformable.replace(bundle.model, torch.float32, device)
     return Model(task, bundle, config)

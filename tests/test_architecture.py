@@ -31,6 +31,7 @@ ORDER = (
     "features",
     "attention",
     "convolutions",
+    "deformable",
     "adapt",
     "batching",
     "optim",

@@ -21,6 +21,7 @@ TINY = {
     "lora_linear": (70, 48, 40),
     "attention": (2, 3, 40, 16),
     "batch_norm": (2, 3, 9, 7),
+    "deformable_attention": (2, 3, 16, 9, 16, 2),
     "cross_entropy": (70, 130),
     "linear_cross_entropy": (70, 48, 130),
     "training_step": (4, 12, 64, 1),
@@ -109,6 +110,12 @@ def attention_with_two_masks(q, k, v, mask, p):
     return contests.plain_attention(q, k, v.detach(), mask, p) + other - other.detach()
 
 
+def half_a_pixel_off(value, locations, weights, _):
+    maps = contests.maps_of(value)
+    sides = torch.tensor(maps)[:, :1, None]
+    return ops.deformable_attention(value, maps, locations + 0.5 / sides, weights)
+
+
 def no_dropout(x, p):
     return x
 
@@ -124,6 +131,8 @@ WRONG = {
     "attention, two masks": ("attention", attention_with_two_masks),
     "attention, no dropout": ("attention", attention_without_dropout),
     "batch norm, scale": ("batch_norm", scaled(contests.OURS["batch_norm"], 1.01)),
+    "deformable, scale": ("deformable_attention", scaled(contests.OURS["deformable_attention"], 1.01)),
+    "deformable, centres at the edges": ("deformable_attention", half_a_pixel_off),
     "cross entropy, scale": ("cross_entropy", scaled(contests.OURS["cross_entropy"], 1.01)),
     "linear, scale": ("linear_cross_entropy", scaled(contests.OURS["linear_cross_entropy"], 1.01)),
 }

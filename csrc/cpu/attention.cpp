@@ -19,19 +19,6 @@
 
 #ifdef FASTTUNE_VECTORS
 
-#ifdef FASTTUNE_X86
-// Multiplies and adds are fused here, unlike elsewhere (setup.py): exp is half of what the rows
-// cost, and a fifth of the whole is won. Clang has no such attribute, and goes without.
-#ifdef __clang__
-#define FASTTUNE_FUSED
-#else
-#define FASTTUNE_FUSED optimize("fp-contract=fast"),
-#endif
-#define FASTTUNE_FUSED_AVX2 __attribute__((FASTTUNE_FUSED target("avx2,fma")))
-#define FASTTUNE_FUSED_AVX512 \
-  __attribute__((FASTTUNE_FUSED target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
-#endif
-
 namespace fasttune::cpu {
 namespace {
 
@@ -305,6 +292,8 @@ using BackwardUnits = void (*)(int64_t, int64_t, const AttentionCall&, const at:
       backward_units<WIDTH, T>(begin, end, call, dout, dq, dk, dv);                        \
     }                                                                                      \
   }
+// Multiplies and adds are fused: exp is half of what the rows cost, and a fifth of the whole is
+// won.
 FASTTUNE_UNITS(UnitsDefault, , 4);
 #ifdef FASTTUNE_X86
 FASTTUNE_UNITS(UnitsAvx2, FASTTUNE_FUSED_AVX2, 8);

@@ -80,6 +80,34 @@ void batch_norm_sums(const BatchNormParams& params, double* dy_sum, double* prod
 // out = (dy - shift - (x - mean) * slope) * scale
 void batch_norm_gradient(const BatchNormParams& params);
 
+// A level of the maps that deformable attention samples: its rows of value begin at `first`.
+struct DeformableLevel {
+  int64_t height, width, first, points;
+};
+
+// Multi-scale deformable attention (arXiv 2010.04159), zeros outside the maps; sums are fp32.
+// b: batch rows. s: rows of value, level after level. q: queries. n: points, level after level.
+// d: a head's width, a multiple of kDeformableWidth.
+constexpr int64_t kDeformableWidth = 16;
+struct DeformableParams {
+  const void* value;      // [b, s, heads, d] by strides, a head's row contiguous; fp32 or bf16
+  const void* locations;  // [b, q, heads, n, 2], contiguous: x, y; fp32 or bf16
+  const void* weights;    // [b, q, heads, n], contiguous; fp32 or bf16
+  const DeformableLevel* levels;
+  int64_t level_count;
+  int64_t b, s, q, heads, d, n;
+  int64_t batch_stride, row_stride, head_stride;  // of value, in elements
+  DType dtype, locations_dtype, weights_dtype;
+  void* out;         // [b, q, heads, d], contiguous, of value's type; null in the backward
+  const void* dout;  // [b, q, heads, d] likewise; the rest is of the backward too
+  void* dvalue;      // [b, s, heads, d], contiguous, of value's type
+  void* dlocations;  // as locations
+  void* dweights;    // as weights
+};
+
+void deformable_attention(const DeformableParams& params);
+void deformable_attention_backward(const DeformableParams& params);
+
 // The instruction set that the kernels use on this machine: "avx512", "avx2" or "default".
 const char* capability();
 

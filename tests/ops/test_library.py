@@ -71,7 +71,7 @@ def test_kernels_that_do_not_load_are_reported_not_swallowed(tmp_path):
 def test_unknown_op_is_answered_with_the_known_ones():
     with pytest.raises(
         ValueError,
-        match=r"^op: expected one of attention, batch_norm, cross_entropy, dropout, .*, lora_linear; found 'relu'",
+        match=r"^op: expected one of attention, batch_norm, .*, deformable_attention, dropout, .*; found 'relu'",
     ):
         backend("relu")
 
