@@ -166,8 +166,8 @@ Three batch_norm_backward(const Tensor& dy, const OptionalTensor& x, const Optio
     const at::AutoDispatchBelowADInplaceOrView below;
     return backward_op().call(dy, x, weight, mean, variance, eps, batch_statistics, wanted);
   }
-  const variable_list out = BatchNormBackward::apply(dy, x, weight, mean, variance, eps,
-                                                     batch_statistics, wanted);
+  const variable_list out =
+      BatchNormBackward::apply(dy, x, weight, mean, variance, eps, batch_statistics, wanted);
   return {out[0], out[1], out[2]};
 }
 
