@@ -226,7 +226,7 @@ def test_thirty_losses_are_those_of_transformers_trainer(monkeypatch, tmp_path, 
     """All pictures in one batch. Mask2Former's points are the same for every mask here: they would be drawn in the
     order of the batch, which differs."""
     points = torch.rand(512, 2, generator=torch.Generator().manual_seed(3))
-    monkeypatch.setattr(torch, "rand", lambda *shape, device=None: points[: shape[-2]].expand(shape).contiguous())
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: points[: shape[-2]].expand(shape).contiguous())
     folder = segmenters.write(tmp_path / "model", kind, classes=3 if kind == "segformer" else 2)
     semantic = kind == "segformer"
     lines = write_rows(tmp_path / "rows", 8)

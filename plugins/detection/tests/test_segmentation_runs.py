@@ -147,6 +147,9 @@ def test_semantic_masks_are_those_of_a_pipeline(run, pictures, model):
             np.testing.assert_array_equal(mask, expected[label])
 
 
+CLOSE = 1e-5  # of scores: a pipeline samples in another order of sums than our deformable attention
+
+
 @pytest.mark.parametrize("model", ["maskformer", "mask2former", "eomt"])
 def test_instances_are_those_of_a_pipeline(run, pictures, model):
     """A pipeline paints one mask over the other: ours hold what it shows, and together as much."""
@@ -156,11 +159,14 @@ def test_instances_are_those_of_a_pipeline(run, pictures, model):
     for picture in pictures[:3]:
         shown = pipeline(str(picture), subtask="instance", threshold=0.05)
         found = predicted(best, picture)
-        assert sorted((s["label"], s["score"]) for s in found) == sorted((s["label"], s["score"]) for s in shown)
+        for label in {segment["label"] for segment in (*found, *shown)}:
+            ours, theirs = (sorted(s["score"] for s in some if s["label"] == label) for some in (found, shown))
+            assert ours == pytest.approx(theirs, abs=CLOSE)
         assert found == sorted(found, key=lambda segment: -segment["score"])
         left = list(found)
         for entry in shown:
-            same = [s for s in left if s["score"] == entry["score"] and not (mask_of(entry) & ~s["mask"]).any()]
+            near = [s for s in left if s["score"] == pytest.approx(entry["score"], abs=CLOSE)]
+            same = [s for s in near if not (mask_of(entry) & ~s["mask"]).any()]
             assert same, "a pipeline's mask lies in none of ours"
             left = [segment for segment in left if segment is not same[0]]
         covered = np.any([segment["mask"] for segment in found], axis=0)
@@ -187,8 +193,10 @@ def test_panoptic_segments_are_those_of_a_pipeline(run, pictures, model):
         assert len(stuff) == min(1, len(pieces))
         if stuff:
             np.testing.assert_array_equal(stuff[0]["mask"], np.any(pieces, axis=0))
-        things = {(s["label"], s["score"], s["mask"].tobytes()) for s in found if s["label"] != "ground"}
-        assert things == {(s["label"], s["score"], mask_of(s).tobytes()) for s in shown if s["label"] != "ground"}
+        things = {(s["label"], s["mask"].tobytes()): s["score"] for s in found if s["label"] != "ground"}
+        assert things == pytest.approx(
+            {(s["label"], mask_of(s).tobytes()): s["score"] for s in shown if s["label"] != "ground"}, abs=CLOSE
+        )
         assert np.sum([segment["mask"] for segment in found], axis=0).max(initial=0) <= 1, "segments overlap"
 
 
